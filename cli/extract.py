@@ -1,0 +1,219 @@
+"""`featstore register` and `featstore extract`."""
+
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import show
+from cli.flags import with_config
+from featstore.configs import RegisterConfig, RunConfig, SetConfig, parse_bytes
+from featstore.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from featstore.datasets.manifest import Manifest
+    from featstore.extraction.pipeline import Summary
+    from featstore.extraction.plan import Plan
+
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", help="store folder; default: FEATSTORE_HOME, else the user cache")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+
+
+@with_config(config=RegisterConfig)
+def register(
+    name: Annotated[str, typer.Argument(help="name of the data set from now on; a family's name picks its adapter")],
+    root: Annotated[Path | None, typer.Argument(help="folder that holds the images")] = None,
+    *,
+    config: RegisterConfig,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Register a data set: fix its samples, labels, patients and splits under a name.
+
+    Examples: `featstore register chexpert /data/CheXpert-v1.0`; `featstore register mine /data --table labels.csv
+    --path-column file --group-column patient --label-columns Edema,Effusion`; `featstore register phantom`.
+    Registering again after files were added or changed keeps the old manifest readable.
+    """
+    from featstore.register import register as register_source
+    from featstore.store.layout import store_path
+
+    manifest, before = register_source(store_path(store), name, root, config)
+    facts = describe_manifest(manifest)
+    if json:
+        show.emit_json(facts)
+        return
+    print(f"store {store_path(store)}")
+    print(
+        f"{name}: {facts['samples']} samples, {facts['groups'] or 'unknown'} patients, manifest {manifest.short} "
+        f"({facts['adapter']}, {manifest.root})"
+    )
+    print(
+        f"  splits ({manifest.meta['split_origin']}): "
+        + ", ".join(f"{key or 'unused'} {n}" for key, n in facts["splits"].items())
+    )
+    if facts["label_columns"]:
+        print(f"  labels: {', '.join(facts['label_columns'])}")
+    if facts["tasks"]:
+        print(f"  tasks: {', '.join(facts['tasks'])}")
+    for note in [*manifest.meta["notes"], *([f"{facts['missing']} files are missing"] if facts["missing"] else [])]:
+        print(f"  note: {note}")
+    if before is not None and before.short != manifest.short:
+        print(f"  the manifest before was {before.short} ({len(before)} samples); it stays readable")
+
+
+def describe_manifest(manifest: "Manifest") -> dict[str, Any]:
+    """Counts of a manifest for people and machines."""
+    groups = {group for group in manifest.column("group") if group is not None}
+    return {
+        "dataset": manifest.name,
+        "manifest": manifest.digest,
+        "samples": len(manifest),
+        "groups": len(groups),
+        "splits": dict(sorted(Counter(manifest.column("split")).items())),
+        **manifest.meta,
+    }
+
+
+@with_config(config=SetConfig, run=RunConfig)
+def extract(
+    *,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="data set; default: every registered one")] = None,
+    config: SetConfig,
+    run: RunConfig,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Run a frozen backbone over a data set and keep its embeddings.
+
+    Only what is missing is computed: a second run does nothing, a killed one goes on, new images are added.
+    Examples: `featstore extract --model dinov3-7b --res 512`; `featstore extract --dataset cxr --model tiny --res 98
+    --tokens cls,mean_patch,patches`; add `--random-weights 0` to try without weights.
+    """
+    from featstore.extraction import plan as planning
+    from featstore.store.catalog import Store
+    from featstore.store.layout import store_path
+
+    home = Store(store_path(store))
+    if not json:
+        print(f"store {home.path}", flush=True)
+    if ":" in config.model:
+        sys.path.append(str(Path.cwd()))  # so that `module:function` finds a module beside the user
+    source = planning.describe_backbone(home, config)
+    plans = [
+        planning.make_plan(home, name, config, run, source) for name in planning.registered_datasets(home, dataset)
+    ]
+    if not json:
+        for plan in plans:
+            _print_plan(plan, run)
+    _check_space(home.path, plans, run, quiet=json)
+    summaries = [] if run.dry_run else run_plans(plans, run, quiet=json)
+    if json:
+        show.emit_json(
+            [{"set": plan.name, "todo": len(plan.todo), "bytes": plan.new_bytes} for plan in plans]
+            if run.dry_run
+            else summaries
+        )
+    if summaries and all(item["samples"] and item["failed"] == item["samples"] for item in summaries):
+        raise ConfigError("no image could be decoded; check the root and the files")
+
+
+def _print_plan(plan: "Plan", run: RunConfig) -> None:
+    for note in plan.notes:
+        print(note)
+    weights = "RANDOM WEIGHTS, " if plan.source.random else ""
+    print(f"{plan.name} ({weights}{plan.source.origin})")
+    if len(plan.todo) == 0:
+        print(
+            f"  complete: all {len(plan.manifest)} samples have {', '.join(array.name for array in plan.arrays)}; "
+            "nothing to do"
+        )
+        return
+    from featstore.extraction.estimate import forward_seconds
+    from featstore.extraction.pipeline import choose_device
+
+    device = choose_device(run.device)
+    seconds = forward_seconds(plan.gflop, device, plan.spec["identity"]["compute_dtype"])
+    print(
+        f"  {len(plan.todo)} of {len(plan.manifest)} samples to do: "
+        f"{show.size(plan.new_bytes)} in {plan.new_files} files, "
+        f"{plan.gflop / 1e3:.3g} TFLOP, about {show.duration(max(1, seconds))} of computing on {device}",
+        flush=True,
+    )
+
+
+def _check_space(root: Path, plans: "list[Plan]", run: RunConfig, *, quiet: bool) -> None:
+    """Say what is free; stop before the disk is full or more is written than was agreed to."""
+    wanted = sum(plan.new_bytes for plan in plans)
+    if not wanted:
+        return
+    place = root
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if not quiet:
+        print(
+            f"  {show.size(free)} free in {place}" + ("; dry run, nothing written" if run.dry_run else ""), flush=True
+        )
+    if run.dry_run or run.yes:
+        return
+    if wanted > free:
+        raise StoreError(
+            f"{show.size(wanted)} are to be written and {show.size(free)} are free in {place}; "
+            "pass --yes to go on anyway"
+        )
+    if wanted > parse_bytes(run.max_bytes):
+        raise ConfigError(
+            f"{show.size(wanted)} are to be written, more than --max-bytes {run.max_bytes}; "
+            "keep fewer --tokens, or pass --yes"
+        )
+
+
+def run_plans(plans: "list[Plan]", run: RunConfig, *, quiet: bool) -> list[dict[str, Any]]:
+    from featstore.extraction.prepare import is_prepared, prepare
+
+    results = []
+    backbone, loaded = None, ""
+    for plan in plans:
+        if len(plan.todo) == 0:
+            if not is_prepared(plan):  # a manifest with nothing new: only the mapping of its rows is missing
+                prepare(plan)
+            results.append({"set": plan.name, "samples": 0, "failed": 0, "blocks": 0, "seconds": 0.0})
+            continue
+        from featstore.extraction import pipeline
+
+        show.say(f"{plan.name}: loading the backbone")
+        if backbone is None or loaded != plan.spec["identity"]["compute_dtype"]:
+            loaded = plan.spec["identity"]["compute_dtype"]
+            backbone = pipeline.load_backbone(plan, run, pipeline.choose_device(run.device))
+        with show.progress(plan.name, len(plan.todo)) as advance:
+            summary = pipeline.extract(plan, run, backbone=backbone, advance=advance)
+        results.append(_report(summary, plan, quiet=quiet))
+    return results
+
+
+def _report(summary: "Summary", plan: "Plan", *, quiet: bool) -> dict[str, Any]:
+    rate = summary.computed / max(summary.seconds, 1e-9)
+    if not quiet:
+        print(
+            f"  {plan.name}: {summary.computed} computed in {show.duration(summary.seconds)} "
+            f"({rate:.1f} images/s on {summary.device}, "
+            f"batch {summary.batch_size}), {summary.blocks} blocks committed, {summary.failed} failed"
+        )
+        for reason, count in sorted(summary.reasons.items(), key=lambda item: -item[1]):
+            print(f"    {count} x {reason}")
+    return {
+        "set": plan.name,
+        "samples": summary.computed,
+        "failed": summary.failed,
+        "blocks": summary.blocks,
+        "seconds": round(summary.seconds, 3),
+        "reasons": summary.reasons,
+    }
+
+
+COMMANDS = {"register": register, "extract": extract}

@@ -1,0 +1,57 @@
+"""Turns frozen config dataclasses into command-line flags: a field is a flag, its annotation the help text."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    base, text = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, "")
+    name = field.name.replace("_", "-")
+    # A switch that is off by default has no --no- form: there is nothing it could undo.
+    # All names are written out, because releases of typer differ in whether they keep capitals.
+    flag = f"--{name}/--no-{name}" if base is bool and field.default is not False else f"--{name}"
+    required = field.default is dataclasses.MISSING
+    option = typer.Option(flag, help=text, show_default=field.default not in (None, "") and field.default is not False)
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if required else field.default,
+        annotation=Annotated[base, option],
+    )
+
+
+def with_config(**configs: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace the named parameters of a command by the fields of their dataclasses."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command)
+        hints = get_type_hints(command, include_extras=True)
+        parameters = [
+            parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in own.parameters.items()
+            if name not in configs
+        ]
+        fields: dict[str, list[str]] = {}
+        for name, config in configs.items():
+            config_hints = get_type_hints(config, include_extras=True)
+            items = dataclasses.fields(config)
+            fields[name] = [item.name for item in items]
+            parameters += [_parameter(item, config_hints[item.name]) for item in items]
+        # Arguments first, then what has no default: click wants them so.
+        parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            made = {name: config(**{key: values.pop(key) for key in fields[name]}) for name, config in configs.items()}
+            command(**values, **made)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate

@@ -1,0 +1,344 @@
+"""`featstore ls, info, verify, rm, import, explain, models, datasets`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import show
+from cli.extract import JsonOption, StoreOption, describe_manifest
+from featstore.errors import CorruptError, UnknownNameError
+
+if TYPE_CHECKING:
+    from featstore.store.catalog import Store
+
+
+def _open(store: Path | None) -> "Store":
+    # Deferred: --help needs neither numpy nor the store.
+    from featstore.store.catalog import open_store
+
+    return open_store(store)
+
+
+def ls(
+    dataset: Annotated[str | None, typer.Argument(help="only this data set")] = None,
+    *,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """List data sets and the sets of embeddings that stand in the store."""
+    home = _open(store)
+    datasets = [describe_manifest(home.manifest(name)) for name in home.datasets() if dataset in (None, name)]
+    rows = [row for row in home.summaries() if dataset is None or row["set"].startswith(f"{dataset}/")]
+    if json:
+        show.emit_json({"store": str(home.path), "datasets": datasets, "sets": rows})
+        return
+    print(f"store {home.path}")
+    if not datasets:
+        print(
+            "no data sets; start with `featstore register NAME ROOT`" if dataset is None else f"no data set {dataset!r}"
+        )
+        return
+    show.table(
+        "",
+        ["data set", "samples", "patients", "splits", "labels", "manifest"],
+        [
+            [
+                item["dataset"],
+                str(item["samples"]),
+                str(item["groups"] or "unknown"),
+                " ".join(f"{key or 'unused'} {count}" for key, count in item["splits"].items()),
+                item["default_task"]
+                or ",".join(item["label_columns"][:4]) + (",..." if len(item["label_columns"]) > 4 else ""),
+                item["manifest"][:8],
+            ]
+            for item in datasets
+        ],
+        right=("samples", "patients"),
+    )
+    if rows:
+        show.table("", SET_COLUMNS, [_set_row(row) for row in rows], right=("ok", "failed", "pending", "size"))
+    else:
+        print("no sets; `featstore extract --model NAME` makes one")
+
+
+SET_COLUMNS = ["set", "weights", "pixels", "arrays", "dtype", "ok", "failed", "pending", "size"]
+
+
+def _set_row(row: dict[str, Any]) -> list[str]:
+    if "error" in row:
+        return [row["set"], "", "", row["error"], "", "", "", "", ""]
+    pixels = "x".join(map(str, row["pixels"])) if row["pixels"] else ""
+    return [
+        row["set"],
+        "RANDOM" if row["weights"] == "random" else row["weights"],
+        f"{pixels} {row['geometry'] or ''}".strip(),
+        ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in row["arrays"].items()),
+        row["dtype"],
+        str(row["ok"]),
+        str(row["failed"]),
+        str(row["pending"]),
+        show.size(row["bytes"]),
+    ]
+
+
+def info(
+    name: Annotated[str, typer.Argument(help="DATASET/MODEL@RES, or a data set")],
+    *,
+    failed: Annotated[bool, typer.Option("--failed", help="list every failed image with its reason")] = False,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Everything about one set or data set: identity, counts, failures, runs."""
+    import json as jsonlib
+
+    home = _open(store)
+    if "/" not in name:
+        facts = describe_manifest(home.manifest(name))
+        facts["columns"] = home.manifest(name).table.column_names
+    else:
+        features = home.set(name)
+        ids = features.manifest.column("id")
+        runs = [jsonlib.loads(path.read_bytes()) for path in sorted((features.folder / "runs").glob("*.json"))]
+        facts = {
+            **features.summary(),
+            "folder": str(features.folder),
+            "block_rows": features.spec["layout"]["block_rows"],
+            "identity": features.spec["identity"],
+            "failures": {ids[row]: reason for row, reason in sorted(features.failures.items())},
+            "runs": sorted(runs, key=lambda run: run["time"]),
+        }
+    if json:
+        show.emit_json(facts)
+        return
+    failures = facts.pop("failures", {})
+    runs = facts.pop("runs", [])
+    _print_facts(facts)
+    if failures:
+        shown = list(failures.items()) if failed else list(failures.items())[:5]
+        print(f"failures: {len(failures)}" + ("" if failed or len(failures) <= 5 else " (all with --failed)"))
+        for sample, reason in shown:
+            print(f"  {sample}: {reason}")
+    for run in runs:
+        done = run["summary"]
+        print(
+            f"run {run['time']}: {done['computed']} images in {show.duration(done['seconds'])} "
+            f"on {run['machine']['processor']} ({done['device']}, batch {done['batch_size']}), weights {run['weights']}"
+        )
+
+
+def _print_facts(facts: dict[str, Any], indent: str = "") -> None:
+    for key, value in facts.items():
+        if isinstance(value, dict) and value:
+            print(f"{indent}{key}:")
+            _print_facts(value, indent + "  ")
+        elif isinstance(value, list):
+            print(f"{indent}{key}: {', '.join(map(str, value))}")
+        elif value not in (None, ""):
+            print(f"{indent}{key}: {show.size(value) if key == 'bytes' else value}")
+
+
+def verify(
+    name: Annotated[str | None, typer.Argument(help="DATASET/MODEL@RES; default: every set")] = None,
+    *,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="read every byte: chunk checksums, NaN rows, manifest digests")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="take back the commits of damaged blocks, so that extract redoes them")
+    ] = False,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Check that every committed byte is what its commit says. Exit code 2 if anything is wrong."""
+    from featstore.store.verify import repair_set, verify_set
+
+    home = _open(store)
+    entries = [home.entry(name)] if name else home.entries()
+    verdicts = []
+    mended = 0
+    for entry in entries:
+        verdict = verify_set(home, entry, deep=deep)
+        verdicts.append(verdict)
+        if not json:
+            state = "ok" if verdict.ok else f"{len(verdict.problems)} PROBLEMS"
+            print(
+                f"{entry.full_name}: {state} ({verdict.num_blocks} blocks, {show.size(verdict.num_bytes)} checked"
+                f"{', deep' if deep else ''})"
+            )
+            for problem in verdict.problems:
+                print(f"  {problem.place}: {problem.what}")
+        if repair and not verdict.ok:
+            mended += repair_set(entry, verdict)
+    if json:
+        show.emit_json(
+            [
+                {
+                    "set": verdict.name,
+                    "blocks": verdict.num_blocks,
+                    "bytes": verdict.num_bytes,
+                    "problems": [{"place": item.place, "what": item.what} for item in verdict.problems],
+                }
+                for verdict in verdicts
+            ]
+        )
+    if mended:
+        show.say(f"{mended} blocks taken back; run the same `featstore extract` again")
+    bad = sum(not verdict.ok for verdict in verdicts)
+    if bad and not mended:
+        raise CorruptError(
+            f"{bad} of {len(verdicts)} sets have problems; --repair makes the next extract redo damaged blocks"
+        )
+
+
+def rm(
+    name: Annotated[str, typer.Argument(help="DATASET/MODEL@RES, or a data set without sets")],
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Remove one set of embeddings, or forget a data set. Images are never touched."""
+    home = _open(store)
+    what = home.entry(name).full_name if "/" in name else name
+    if not yes:
+        typer.confirm(f"remove {what} from {home.path}?", abort=True)
+    folder = home.remove(name) if "/" in name else home.remove_dataset(name)
+    print(f"removed {folder}")
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help=".npz with a features array (N, D) and an array of ids or paths")],
+    *,
+    dataset: Annotated[str, typer.Option("--dataset", help="data set; registered from the file if it is not yet")],
+    name: Annotated[str, typer.Option("--name", help="model part of the set's name")],
+    features_key: Annotated[str, typer.Option("--features-key", help="array of the features")] = "features",
+    ids_key: Annotated[
+        str | None, typer.Option("--ids-key", help="array of the ids; default: id, ids, path or paths")
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Bring in embeddings made elsewhere, as the array `cls` of a set of their own."""
+    from featstore.store.importer import import_features
+    from featstore.store.layout import store_path
+
+    home, folder, count = import_features(
+        store_path(store), file, dataset=dataset, model=name, features_key=features_key, ids_key=ids_key
+    )
+    print(f"store {home.path}")
+    print(f"{dataset}/{name}: {count} rows imported into {folder.name}")
+
+
+def explain(
+    first: Annotated[str, typer.Argument(help="DATASET/MODEL@RES")],
+    second: Annotated[
+        str | None, typer.Argument(help="another set; without it the identity of the first is shown")
+    ] = None,
+    *,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """What two sets differ in, field by field; or what makes up the identity of one."""
+    from featstore.store.layout import differences
+
+    home = _open(store)
+    a = home.entry(first)
+    if second is None:
+        if json:
+            show.emit_json(a.spec)
+        else:
+            print(f"{a.full_name}: fingerprint {a.spec['fingerprint']} is the digest of")
+            _print_facts(a.spec["identity"], "  ")
+        return
+    b = home.entry(second)
+    found = differences(a.spec["identity"], b.spec["identity"])
+    if json:
+        show.emit_json([{"field": key, "first": left, "second": right} for key, left, right in found])
+    elif not found:
+        print(f"{a.full_name} and {b.full_name} have the same identity")
+    else:
+        show.table(
+            "", ["field", a.full_name, b.full_name], [[key, str(left), str(right)] for key, left, right in found]
+        )
+
+
+def list_models() -> list[dict[str, Any]]:
+    """Facts of every named backbone."""
+    from pkgutil import resolve_name
+
+    from featstore.backbones import BACKBONES
+    from featstore.backbones.family import Release
+
+    rows = []
+    for name, target in BACKBONES.items():
+        entry = resolve_name(target)
+        release = isinstance(entry, Release)
+        architecture = entry.architecture if release else entry
+        source = entry.hub_id if release else ("random" if name == "tiny-random" else "embedded")
+        gated = release and entry.gated
+        rows.append(
+            {
+                "model": name,
+                "weights": source,
+                "gated": gated,
+                "parameters": architecture.num_parameters(),
+                **architecture.as_dict(),
+            }
+        )
+    return rows
+
+
+def models(*, json: JsonOption = False) -> None:
+    """Backbones by name, with width, depth, patch size and the hub id of their weights."""
+    rows = list_models()
+    if json:
+        show.emit_json(rows)
+        return
+    keys = ("embed_dim", "depth", "num_heads", "patch_size", "num_registers", "native_size")
+    show.table(
+        "",
+        ["model", "weights", "width", "depth", "heads", "patch", "registers", "native", "parameters"],
+        [
+            [
+                row["model"],
+                row["weights"] + (" (gated)" if row["gated"] else ""),
+                *(str(row[key]) for key in keys),
+                f"{row['parameters'] / 1e6:.1f} M",
+            ]
+            for row in rows
+        ],
+        right=("width", "depth", "heads", "patch", "registers", "native", "parameters"),
+    )
+    print("also hf:DIR_OR_ID for a folder or hub id of these families, and module:function for your own")
+
+
+def datasets(
+    name: Annotated[str | None, typer.Argument(help="a family: explain its layout")] = None, *, json: JsonOption = False
+) -> None:
+    """Data set families that `register` knows."""
+    import inspect
+    from pkgutil import resolve_name
+
+    from featstore.datasets import DATASETS
+
+    if name is not None and name not in DATASETS:
+        raise UnknownNameError(f"unknown adapter {name!r}; known: {', '.join(sorted(DATASETS))}")
+    chosen = {key: DATASETS[key] for key in sorted(DATASETS) if name in (None, key)}
+    texts = {key: inspect.getdoc(resolve_name(target.split(":")[0])) or "" for key, target in chosen.items()}
+    if json:
+        show.emit_json(texts)
+    elif name is not None:
+        print(texts[name])
+    else:
+        show.table("", ["family", "what"], [[key, text.splitlines()[0]] for key, text in texts.items()])
+
+
+COMMANDS = {
+    "ls": ls,
+    "info": info,
+    "verify": verify,
+    "rm": rm,
+    "import": import_,
+    "explain": explain,
+    "models": models,
+    "datasets": datasets,
+}

@@ -1,0 +1,115 @@
+"""`probes knn`, `probes linear`, `probes results`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli import show
+from cli.extract import JsonOption, StoreOption
+from cli.flags import with_config
+from probes.configs import EvalConfig, KnnConfig, LinearConfig
+
+ExtractOption = Annotated[
+    bool,
+    typer.Option(
+        "--extract", help="extract the set that --model MODEL@RES names first, if it is missing or incomplete"
+    ),
+]
+
+
+@with_config(config=EvalConfig, head=KnnConfig)
+def knn(
+    *,
+    config: EvalConfig,
+    head: KnnConfig,
+    extract: ExtractOption = False,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """k nearest neighbours: cosine similarity, softmax vote at T = 0.07, k chosen on validation.
+
+    Example: `probes knn --dataset cxr --labels view` ranks every set of the data set.
+    """
+    _evaluate("knn", config, head, extract=extract, store=store, json=json)
+
+
+@with_config(config=EvalConfig, head=LinearConfig)
+def linear(
+    *,
+    config: EvalConfig,
+    head: LinearConfig,
+    extract: ExtractOption = False,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Logistic regression, solved to its optimum; C chosen per label on validation.
+
+    Examples: `probes linear --dataset chexpert`; `probes linear --dataset cxr --model tiny --labels Edema,Effusion`.
+    """
+    _evaluate("linear", config, head, extract=extract, store=store, json=json)
+
+
+def _evaluate(probe: str, config: EvalConfig, head: Any, *, extract: bool, store: Path | None, json: bool) -> None:
+    from featstore.store.catalog import Store
+    from featstore.store.layout import store_path
+    from probes.evaluation import evaluate_sets
+
+    home = Store(store_path(store))
+    if not json:
+        print(f"store {home.path}", flush=True)
+    if extract:
+        _extract_first(home, config)
+    records = evaluate_sets(
+        home, probe, config, head, progress=lambda total: show.progress(f"probes {probe}", total, unit="records")
+    )
+    if json:
+        show.emit_json(records)
+        return
+    from probes.report import print_tables
+
+    print_tables(records, show.table)
+
+
+def _extract_first(home: Any, config: EvalConfig) -> None:
+    """Run the extraction that the probe would otherwise ask for."""
+    from cli.extract import run_plans
+    from featstore.configs import RunConfig, SetConfig
+    from featstore.errors import ConfigError
+    from featstore.extraction.plan import make_plan
+
+    if not config.model:
+        raise ConfigError("--extract needs --model MODEL or MODEL@RES, to know what to extract")
+    model, _, resolution = config.model.partition("@")
+    run = RunConfig()
+    plan = make_plan(home, config.dataset, SetConfig(model=model, res=resolution or None), run)
+    run_plans([plan], run, quiet=True)
+
+
+def results(
+    *,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="only this data set")] = None,
+    probe: Annotated[str | None, typer.Option("--probe", help="only this probe")] = None,
+    results: Annotated[
+        Path | None, typer.Option("--results", help="folder of the records; default: STORE/results")
+    ] = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Every record kept so far, ranked within equal task, split, manifest and geometry."""
+    from featstore.store.layout import store_path
+    from probes.records import load_records
+    from probes.report import print_tables
+
+    folder = results or store_path(store) / "results"
+    equal = {key: value for key, value in (("dataset", dataset), ("probe", probe)) if value is not None}
+    records = load_records(folder, **equal)
+    if json:
+        show.emit_json(records)
+    elif not records:
+        print(f"no records in {folder}; `probes knn --dataset NAME` makes one")
+    else:
+        print_tables(records, show.table)
+
+
+COMMANDS = {"knn": knn, "linear": linear, "results": results}

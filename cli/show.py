@@ -1,0 +1,128 @@
+"""What people see: sizes, tables, progress. Results go to stdout, the rest to stderr."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    pass
+
+
+class Advance(Protocol):
+    """Called with the images just done and how many of them failed."""
+
+    def __call__(self, images: int, failed: int = 0) -> None: ...
+
+
+def size(num_bytes: float) -> str:
+    """Decimal units with three digits: 1.23 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(num_bytes) < 1000 or unit == "TB":
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    raise AssertionError("unreachable: TB ends the loop")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 12 s, 3 min 20 s, 2 h 5 min or 3 d 4 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def emit_json(value: Any) -> None:
+    """One JSON document on stdout; NaN, which JSON lacks, becomes null."""
+    print(json.dumps(_clean(value), indent=2, ensure_ascii=False, default=str))
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, dict):
+        return {str(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    return value
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], *, right: tuple[str, ...] = ()) -> None:
+    """A rich table on stdout, as wide as it needs to be when nobody looks at a screen."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    made: Table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    console = Console(soft_wrap=False) if sys.stdout.isatty() else Console(width=200)
+    console.print(made)
+
+
+def say(text: str) -> None:
+    """A line of the conversation, not of the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str = "images") -> Iterator[Advance]:
+    """A live line with rate and ETA on a terminal; a plain line every few seconds elsewhere."""
+    if sys.stderr.isatty():
+        with _bar(label, total, unit) as advance:
+            yield advance
+    else:
+        yield _lines(label, total, unit)
+
+
+@contextmanager
+def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[bad]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
+        task = bar.add_task(label, total=total, rate="", bad="")
+        bad = 0
+
+        def advance(images: int, failed: int = 0) -> None:
+            nonlocal bad
+            bad += failed
+            bar.update(task, advance=images, bad=f"{bad} failed" if bad else "")
+            speed = bar.tasks[task].speed
+            bar.update(task, rate=f"{speed:.1f} {unit}/s" if speed else "")
+
+        yield advance
+
+
+def _lines(label: str, total: int, unit: str) -> Advance:
+    import time
+
+    started = shown = time.monotonic()
+    done = bad = 0
+
+    def advance(images: int, failed: int = 0) -> None:
+        nonlocal done, bad, shown
+        done, bad = done + images, bad + failed
+        now = time.monotonic()
+        if now - shown >= 5 or (done >= total and now - started > 1):
+            shown = now
+            rate = done / max(now - started, 1e-9)
+            left = f", {duration((total - done) / rate)} left" if done < total else ""
+            say(f"{label}: {done}/{total}, {rate:.1f} {unit}/s{left}{f', {bad} failed' if bad else ''}")
+
+    return advance

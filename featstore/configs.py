@@ -1,0 +1,198 @@
+"""Options of the commands as frozen dataclasses: a field is a flag, its annotation the help text.
+
+They are validated when made, written whole into run files and records, and hold no environment.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from featstore.errors import ConfigError
+
+Geometry = Literal["squash", "letterbox", "dino", "hf"]
+Fit = Literal["nearest", "floor", "tokens", "strict"]
+Attention = Literal["sdpa", "eager"]
+StoredDtype = Literal["float16", "float32", "bfloat16"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+TOKENS = ("cls", "mean_patch", "registers", "patches")
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """`100GB`, `1.5TB`, `500M` or a plain number, in decimal units.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
+    if not match:
+        raise ConfigError(f"--max-bytes must be a size such as 100GB or 1.5TB, got {text!r}")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def parse_share(text: str) -> float:
+    """`1%` or `0.01` as a share in [0, 1].
+
+    Raises:
+        ConfigError: anything else.
+    """
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ConfigError(f"--max-failed must be a share such as 1% or 0.01, got {text!r}")
+    return share
+
+
+def parse_tokens(text: str) -> tuple[str, ...]:
+    """Comma-separated token arrays in canonical order.
+
+    Raises:
+        ConfigError: an unknown or no name.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in TOKENS]
+    if unknown or not names:
+        raise ConfigError(f"--tokens takes a comma-separated choice of {', '.join(TOKENS)}; got {text!r}")
+    return tuple(name for name in TOKENS if name in names)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Comma-separated block numbers: 1 is the first block, -1 the last.
+
+    Raises:
+        ConfigError: something that is no block number.
+    """
+    try:
+        layers = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        layers = (0,)
+    if 0 in layers:
+        raise ConfigError(
+            f"--layers takes block numbers such as 4,8,12 or -4,-1 (1 is the first, -1 the last), got {text!r}"
+        )
+    return layers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetConfig:
+    """What is computed: everything here can change the numbers of a set, or which arrays it has."""
+
+    model: Annotated[str, "backbone name (`featstore models`), hub id, hf:DIR_OR_ID, or module:function"]
+    res: Annotated[
+        str | None, "input size in pixels: 512, or 384x512 (height x width); default: the model's native size"
+    ] = None
+    weights: Annotated[
+        Path | None, "folder (config.json + safetensors) or .safetensors file to load instead of the hub's"
+    ] = None
+    random_weights: Annotated[
+        int | None, "seed: fill the network with reproducible random weights instead of loading any"
+    ] = None
+    tokens: Annotated[str, "arrays to keep: cls, mean_patch, registers, patches"] = "cls,mean_patch"
+    layers: Annotated[str, "also keep these blocks' tokens (after the final norm): 4,8,12 or -4,-1"] = ""
+    geometry: Annotated[
+        Geometry,
+        "squash: whole image to the size; letterbox: padded; dino: short side x256/224, crop; "
+        "hf: the checkpoint's processor",
+    ] = "squash"
+    fit: Annotated[
+        Fit, "for sizes that the patch does not divide: nearest, floor, tokens (grid of patch 16), strict (refuse)"
+    ] = "nearest"
+    dtype: Annotated[StoredDtype, "stored type"] = "float16"
+    compute_dtype: Annotated[
+        ComputeDtype, "auto: bfloat16 on a GPU that has it, else float32; fixed when the set is created"
+    ] = "auto"
+    name: Annotated[str | None, "model part of the set's name; default: the backbone's name"] = None
+    block_rows: Annotated[int | None, "rows per commit (a power of two) of a new set; default: from size and cost"] = (
+        None
+    )
+
+    def __post_init__(self) -> None:
+        parse_tokens(self.tokens)
+        parse_layers(self.layers)
+        if self.weights is not None and self.random_weights is not None:
+            raise ConfigError("--weights and --random-weights exclude each other; give one")
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ConfigError(f"--name is letters, digits, '.', '_' and '-', got {self.name!r}")
+        if self.block_rows is not None and (self.block_rows < 1 or self.block_rows & (self.block_rows - 1)):
+            raise ConfigError(f"--block-rows must be a power of two (16, 256, 4096, ...), got {self.block_rows}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """How it is computed: nothing here changes what a set is."""
+
+    device: Annotated[str, "auto, cpu, cuda or cuda:1"] = "auto"
+    batch_size: Annotated[int | None, "images per forward pass; default: from the token count"] = None
+    workers: Annotated[int | None, "threads that read and decode; default: one per core"] = None
+    attention: Annotated[Attention, "attention kernel: sdpa (memory-efficient) or eager"] = "sdpa"
+    max_bytes: Annotated[str, "stop and ask for --yes beyond this much new data"] = "100GB"
+    max_failed: Annotated[str, "stop when more than this share of the images cannot be decoded: 1% or 0.01"] = "100%"
+    retry_failed: Annotated[bool, "compute blocks with failed images again"] = False
+    dry_run: Annotated[bool, "say what would be done and stop"] = False
+    yes: Annotated[bool, "go on beyond --max-bytes or the free space"] = False
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.max_bytes)
+        parse_share(self.max_failed)
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"--batch-size must be at least 1, got {self.batch_size}")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"--workers must be at least 1, got {self.workers}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"--device is auto, cpu, cuda or cuda:N, got {self.device!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegisterConfig:
+    """Where the samples of a data set come from."""
+
+    adapter: Annotated[str | None, "family: chexpert, nih, folder, table, ...; default: from NAME and --table"] = None
+    table: Annotated[Path | None, "CSV, TSV or Parquet with one row a sample, relative to ROOT or here"] = None
+    path_column: Annotated[str, "column of image paths, relative to ROOT"] = "path"
+    id_column: Annotated[str | None, "column of unique sample ids; default: the path"] = None
+    label_columns: Annotated[str, "comma-separated label columns; they are the default task"] = ""
+    group_column: Annotated[str | None, "column of patients; nothing with one group crosses splits"] = None
+    study_column: Annotated[str | None, "column of studies"] = None
+    split_column: Annotated[str | None, "column with train, val, test; default: split 70/10/20 by group, seeded"] = None
+    mask_column: Annotated[str | None, "column of mask paths, relative to ROOT"] = None
+    split_seed: Annotated[int, "seed of the split where the source has none"] = 0
+    allow_missing: Annotated[bool, "keep rows whose file is missing; extraction marks them failed"] = False
+
+    def options(self, adapter: str) -> dict[str, Any]:
+        """Keyword arguments for the adapter.
+
+        Raises:
+            ConfigError: an option of the table adapter is given to another one, or a seed where nothing is drawn.
+        """
+        own: dict[str, str | Path | None] = {
+            "path_column": self.path_column if self.path_column != "path" else None,
+            "id_column": self.id_column,
+            "label_columns": self.label_columns or None,
+            "group_column": self.group_column,
+            "study_column": self.study_column,
+            "split_column": self.split_column,
+            "mask_column": self.mask_column,
+            "table": self.table,
+        }
+        if adapter == "table":
+            if self.table is None:
+                raise ConfigError("the table adapter needs --table FILE (CSV, TSV or Parquet)")
+            given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+            if self.split_seed and self.split_column:
+                raise ConfigError("--split-seed and --split-column exclude each other: the column is the split")
+            given["label_columns"] = tuple(name.strip() for name in self.label_columns.split(",") if name.strip())
+            return {**given, "seed": self.split_seed}
+        foreign = [f"--{name.replace('_', '-')}" for name, value in own.items() if value is not None]
+        if foreign:
+            raise ConfigError(
+                f"{', '.join(foreign)}: only the table adapter takes these, not {adapter!r}; add --adapter table"
+            )
+        if adapter == "folder":
+            return {"seed": self.split_seed}
+        if self.split_seed:
+            raise ConfigError(f"--split-seed: the adapter {adapter!r} has a split of its own")
+        return {}

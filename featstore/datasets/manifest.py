@@ -1,0 +1,336 @@
+"""The manifest: an ordered table of samples with a digest, the one thing that extraction and probes agree on.
+
+On disk: `<store>/datasets/<name>/<digest8>/manifest.parquet` (the samples) and `source.toml` (where they came from),
+and the file `current`, which names the digest that commands use unless told otherwise.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import stat
+import tomllib
+from collections import Counter
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from featstore import files
+from featstore.datasets.source import RESERVED, Source, check_inside
+from featstore.errors import ManifestError, UnknownNameError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MISSING = -1  # size of a file that was absent at registration
+# Written by registration, in this order, before the columns of the source.
+COLUMNS = ("id", "path", "size", "split", "group", "study", "mask_path", "content", "mtime_ns")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Samples of one data set in a fixed order.
+
+    `table` has the reserved columns first, then those of the source, verbatim. `meta` holds the adapter, the root,
+    label columns, tasks, where splits and groups come from, and notes.
+    """
+
+    name: str
+    table: "pa.Table"
+    digest: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def short(self) -> str:
+        """First eight hex digits of the digest, as folders and records show it."""
+        return self.digest[:8]
+
+    @property
+    def root(self) -> Path:
+        """Folder that the samples' paths are relative to."""
+        return Path(self.meta["root"])
+
+    def column(self, name: str) -> list[Any]:
+        """Python values of one column, null as None."""
+        if name not in self.table.column_names:
+            known = ", ".join(column for column in self.table.column_names if column not in ("content", "mtime_ns"))
+            raise UnknownNameError(f"data set {self.name!r} has no column {name!r}; its columns: {known}")
+        return list(self.table.column(name).to_pylist())
+
+
+def table_digest(table: "pa.Table") -> str:
+    """SHA-256 over names, types and values of every column but `mtime_ns`; null differs from the empty string."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    total = hashlib.sha256()
+    for name in table.column_names:
+        if name == "mtime_ns":
+            continue
+        column = table.column(name).combine_chunks()
+        if isinstance(column, pa.ChunkedArray):
+            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        mask = np.packbits(np.asarray(column.is_null().to_numpy(zero_copy_only=False), dtype=bool))
+        kind = column.type
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            values = np.ascontiguousarray(column.fill_null(0).to_numpy(zero_copy_only=False)).tobytes()
+            lengths = b""
+        else:
+            if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+                kind = pa.string()  # how text is held in memory says nothing about the data
+            elif pa.types.is_nested(kind) or any(test(kind) for test in binary):
+                column = pa.array([None if value is None else repr(value) for value in column.to_pylist()], pa.string())
+            text = column.cast(pa.large_string()).fill_null("")
+            lengths = np.asarray(pc.binary_length(text), dtype="<i8").tobytes()
+            values = "".join(text.to_pylist()).encode()
+        total.update(files.canonical_json([name, str(kind), len(column)]))
+        for part in (mask.tobytes(), lengths, values):
+            total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()
+
+
+def check_name(name: str) -> None:
+    """Names become folders of the store, so they hold nothing that could leave it."""
+    if not NAME.fullmatch(name):
+        raise ManifestError(
+            f"a data set name is letters, digits, '.', '_' and '-', and starts with a letter or digit; got {name!r}"
+        )
+
+
+def check_ids(ids: Sequence[str | None]) -> None:
+    """Every id present and unique, or a ManifestError that names some that are not."""
+    if any(value is None or value == "" for value in ids):
+        row = next(row for row, value in enumerate(ids) if value is None or value == "")
+        raise ManifestError(f"every sample needs an id; row {row + 1} has none")
+    if len(set(ids)) != len(ids):
+        twice = sorted(str(value) for value, count in Counter(ids).items() if count > 1)
+        raise ManifestError(
+            f"ids must be unique; {len(twice)} occur more than once, such as {', '.join(twice[:3])}; "
+            "name a unique column with --id-column"
+        )
+
+
+def stat_files(root: Path, paths: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Size in bytes and mtime in ns of each file; MISSING and 0 where there is none (a folder is none)."""
+
+    def one(relative: str) -> tuple[int, int]:
+        try:
+            found = os.stat(root / relative)
+        except (FileNotFoundError, NotADirectoryError):
+            return MISSING, 0
+        if stat.S_ISDIR(found.st_mode):
+            return MISSING, 0
+        return found.st_size, found.st_mtime_ns
+
+    with ThreadPoolExecutor(8) as pool:  # network file systems answer many at once
+        pairs = list(pool.map(one, paths, chunksize=512))
+    return [size for size, _ in pairs], [mtime for _, mtime in pairs]
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def _contents(root: Path, table: "pa.Table", before: Manifest | None, doubted: Collection[str]) -> "list[str | None]":
+    """Content hash of every file that may not be the one an earlier manifest means; None for the others.
+
+    A file is taken for the same while size and time stay. Once either changes, only the bytes can tell, also when
+    the size later returns to what it was: a digest that came back with it would name the old embeddings. The hash
+    then stays with the sample. So a touched file gives a new manifest, and its row in a set is found again by hash.
+    """
+    columns = ("id", "size", "mtime_ns", "content")
+    old = {row[0]: row[1:] for row in zip(*(before.column(name) for name in columns))} if before is not None else {}
+    result: list[str | None] = []
+    unsure: list[int] = []
+    names = ("id", "size", "mtime_ns", "path")
+    rows = list(zip(*(table.column(name).to_pylist() for name in names)))
+    for row, (sample, size, mtime, _) in enumerate(rows):
+        known = old.get(sample)
+        same = known is not None and known[:2] == (size, mtime)
+        result.append(known[2] if known is not None and same else None)
+        if size != MISSING and not same and (known is not None or sample in doubted):
+            unsure.append(row)
+    with ThreadPoolExecutor(8) as pool:
+        for row, content in zip(unsure, pool.map(_hash_file, [root / rows[row][3] for row in unsure])):
+            result[row] = content
+    return result
+
+
+def build(
+    name: str,
+    source: Source,
+    *,
+    allow_missing: bool = False,
+    before: Manifest | None = None,
+    doubted: Collection[str] = (),
+) -> Manifest:
+    """Check a source and freeze it as a manifest.
+
+    `before` is the manifest that this one follows. Files that changed since, and those of the ids in `doubted` (which
+    stood in manifests before that one), are hashed. A source's column named like one of `COLUMNS` becomes
+    `source_<name>`.
+
+    Raises:
+        ManifestError: bad name, no rows, missing or duplicate ids, an image or mask path outside the root, two columns
+            of one name, missing files (unless `allow_missing`, which keeps their rows and lets extraction mark them
+            failed).
+    """
+    import pyarrow as pa
+
+    check_name(name)
+    if source.table.num_rows == 0:
+        raise ManifestError(f"{source.root}: no samples found; check the folder and the adapter ({source.adapter})")
+    ids, paths = (source.table.column(column).to_pylist() for column in ("id", "path"))
+    check_ids(ids)
+    if not source.root.is_dir():
+        raise ManifestError(f"{source.root}: the root folder of data set {name!r} does not exist")
+    for path in [*paths, *filter(lambda mask: mask is not None, source.table.column("mask_path").to_pylist())]:
+        check_inside(source.root, path)
+    sizes, mtimes = stat_files(source.root, paths)
+    absent = [path for path, size in zip(paths, sizes) if size == MISSING]
+    if absent and not allow_missing:
+        raise ManifestError(
+            f"{len(absent)} of {len(paths)} files are missing under {source.root}, such as {', '.join(absent[:3])}; "
+            "check the root and the path column, or pass --allow-missing to keep their rows as failed"
+        )
+    table = pa.table(
+        {
+            **{
+                column: source.table.column(column) for column in ("id", "path", "split", "group", "study", "mask_path")
+            },
+            "size": pa.array(sizes, pa.int64()),
+            "mtime_ns": pa.array(mtimes, pa.int64()),
+        }
+    )
+    contents = _contents(source.root, table, before, doubted)
+    table = table.append_column("content", pa.array(contents, pa.string())).select(COLUMNS)
+    renamed = {}
+    for column in source.table.column_names:
+        if column not in RESERVED:
+            renamed[column] = f"source_{column}" if column in COLUMNS else column
+            if renamed[column] in table.column_names:
+                raise ManifestError(
+                    f"columns must have different names, but {renamed[column]!r} would appear twice; rename it"
+                )
+            table = table.append_column(renamed[column], source.table.column(column))
+    meta = {
+        "adapter": source.adapter,
+        "root": str(source.root.resolve()),
+        "default_task": source.default_task or "",
+        "tasks": list(source.tasks),
+        "label_columns": [renamed.get(column, column) for column in source.label_columns],
+        "split_origin": source.split_origin,
+        "groups_known": source.groups_known,
+        "notes": list(source.notes),
+        "missing": len(absent),
+    }
+    return Manifest(name=name, table=table.combine_chunks(), digest=table_digest(table), meta=meta)
+
+
+def _toml(meta: dict[str, Any]) -> bytes:
+    # JSON strings, numbers, booleans and lists of strings are also TOML, once DEL is escaped and no surrogate is left.
+    text = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in meta.items())
+    return text.replace("\x7f", "\\u007f").encode()
+
+
+def save(folder: Path, manifest: Manifest) -> None:
+    """Write a manifest under `<store>/datasets` and make it the current one of its name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    home = folder / manifest.name / manifest.short
+    sink = pa.BufferOutputStream()
+    pq.write_table(manifest.table, sink, compression="zstd", write_page_checksum=True)
+    files.write_atomic(home / "manifest.parquet", sink.getvalue().to_pybytes())
+    files.write_atomic(home / "source.toml", _toml({**manifest.meta, "digest": manifest.digest}))
+    files.write_atomic(folder / manifest.name / "current", manifest.short.encode() + b"\n")
+
+
+def load(folder: Path, name: str, short: str | None = None) -> Manifest:
+    """Read a manifest by data set name; `short` picks an older one by the start of its digest.
+
+    Raises:
+        UnknownNameError: no such data set or digest; the message lists what there is.
+        ManifestError: the files are damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not (folder / name / "current").is_file():
+        known = ", ".join(names(folder)) or "none"
+        raise UnknownNameError(
+            f"unknown data set {name!r}; registered: {known}; add it with `featstore register {name} ROOT`"
+        )
+    wanted = short or (folder / name / "current").read_text().strip()
+    folders = sorted(path for path in (folder / name).iterdir() if path.is_dir())
+    matches = [path for path in folders if path.name.startswith(wanted[:8])]
+    missing = f"data set {name!r} has no manifest {wanted!r}; it has {', '.join(path.name for path in folders)}"
+    if len(matches) != 1:
+        raise UnknownNameError(missing)
+    try:
+        meta = tomllib.loads((matches[0] / "source.toml").read_text(encoding="utf-8"))
+        digest = str(meta.pop("digest"))
+        table = pq.read_table(matches[0] / "manifest.parquet", partitioning=None, page_checksum_verification=True)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise ManifestError(
+            f"{matches[0]}: the manifest is damaged ({type(error).__name__}); register {name!r} again"
+        ) from error
+    if not digest.startswith(wanted):
+        raise UnknownNameError(missing)
+    return Manifest(name=name, table=table, digest=digest, meta=meta)
+
+
+def earlier_ids(folder: Path, name: str) -> set[str]:
+    """Ids of all manifests of a data set, the current one among them; damaged ones are passed over."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found: set[str] = set()
+    for path in sorted((folder / name).glob("*/manifest.parquet")):
+        with contextlib.suppress(pa.ArrowException, OSError):
+            found.update(pq.read_table(path, columns=["id"], partitioning=None).column("id").to_pylist())
+    return found
+
+
+def names(folder: Path) -> list[str]:
+    """Registered data sets in alphabetical order."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if (path / "current").is_file())
+
+
+def check_unchanged(manifest: Manifest, rows: Int64[np.ndarray, " M"]) -> None:
+    """Stop if any of these files changed since registration.
+
+    Raises:
+        ManifestError: the root is gone, or a size or time differs.
+    """
+    if not manifest.root.is_dir():
+        raise ManifestError(
+            f"data set {manifest.name!r}: its root {manifest.root} is gone; if it moved, run "
+            f"`featstore register {manifest.name} NEW_ROOT` with the same options (nothing is recomputed)"
+        )
+    picked = manifest.table.take(rows)
+    paths = picked.column("path").to_pylist()
+    sizes, mtimes = stat_files(manifest.root, paths)
+    old = zip(picked.column("size").to_pylist(), picked.column("mtime_ns").to_pylist())
+    changed = [path for path, size, mtime, was in zip(paths, sizes, mtimes, old) if (size, mtime) != was]
+    if changed:
+        raise ManifestError(
+            f"data set {manifest.name!r}: {len(changed)} files changed since registration, such as {changed[0]}; "
+            f"run `featstore register {manifest.name} ...` again, then only what changed is computed"
+        )

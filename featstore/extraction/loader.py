@@ -1,0 +1,101 @@
+"""Files to batches: threads read, hash, decode and resize ahead of the device, in a fixed order."""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featstore.datasets.manifest import MISSING, Manifest
+from featstore.errors import DecodeError, ManifestError
+from featstore.files import retry
+from featstore.images import PreprocessSpec, decode, preprocess, stack
+from featstore.store.commits import HASH_HEX, RowState
+
+NO_CONTENT = "0" * HASH_HEX
+GONE = -1  # a row of an older manifest that was never extracted and has left the data set
+AHEAD = 3  # batches decoded before they are asked for: enough to hide one slow file, little enough memory
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One batch to be: manifest rows `rows` of block `block`."""
+
+    block: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images of one job, `pixels` (B, C, H, W); a failed image keeps its slot, filled with zeros."""
+
+    job: Job
+    pixels: np.ndarray
+    states: list[RowState]
+
+
+def load_image(path: Path, size: int, spec: PreprocessSpec) -> tuple[np.ndarray | None, RowState]:
+    """Read, hash, decode and preprocess one file of a manifest.
+
+    Transient I/O errors are retried three times. What cannot be decoded comes back as None with its reason.
+
+    Raises:
+        ManifestError: the file is gone or has another size than at registration.
+        OSError: it cannot be read at all.
+    """
+    if size == MISSING:
+        return None, RowState(NO_CONTENT, "the file was missing at registration")
+    try:
+        data = retry(path.read_bytes)
+    except FileNotFoundError as error:
+        raise ManifestError(f"{path}: gone since registration; register the data set again") from error
+    if len(data) != size:
+        raise ManifestError(f"{path}: {len(data)} bytes, {size} at registration; register the data set again")
+    content = hashlib.sha256(data).hexdigest()[:HASH_HEX]
+    try:
+        return preprocess(decode(data), spec), RowState(content)
+    except DecodeError as error:
+        return None, RowState(content, str(error))
+
+
+class Loader:
+    """Iterates over the batches of `jobs` in order while later ones are being decoded.
+
+    Memory is bounded by `AHEAD` + 1 batches. Leaving the context cancels what is not wanted any more.
+    """
+
+    def __init__(self, manifest: Manifest, spec: PreprocessSpec, jobs: list[Job], *, workers: int):
+        self.spec = spec
+        self.jobs = jobs
+        self._root = manifest.root
+        self._paths = manifest.column("path")
+        self._sizes = manifest.column("size")
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[Batch]:
+        waiting: deque[tuple[Job, list[Future[tuple[np.ndarray | None, RowState]]]]] = deque()
+        upcoming = iter(self.jobs)
+        while True:
+            while len(waiting) <= AHEAD and (job := next(upcoming, None)) is not None:
+                waiting.append((job, [self._submit(row) for row in job.rows]))
+            if not waiting:
+                return
+            job, futures = waiting.popleft()
+            results = [future.result() for future in futures]
+            yield Batch(job, stack([image for image, _ in results], self.spec), [state for _, state in results])
+
+    def _submit(self, row: int) -> "Future[tuple[np.ndarray | None, RowState]]":
+        if row == GONE:
+            done: Future[tuple[np.ndarray | None, RowState]] = Future()
+            done.set_result((None, RowState(NO_CONTENT, "the sample left the data set before it was extracted")))
+            return done
+        return self._pool.submit(load_image, self._root / self._paths[row], self._sizes[row], self.spec)

@@ -1,0 +1,288 @@
+"""From a request to what has to be done: the set's identity, its arrays, the rows that are missing, bytes and files."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from featstore.backbones import BackboneSource, describe
+from featstore.configs import RunConfig, SetConfig, parse_layers, parse_tokens
+from featstore.datasets import manifest as manifests
+from featstore.datasets.manifest import Manifest
+from featstore.errors import ConfigError, IncompleteError
+from featstore.images import PreprocessSpec, fit_size, parse_resolution
+from featstore.images.preprocess import hf_size
+from featstore.store import commits, ledger
+from featstore.store.catalog import Store
+from featstore.store.layout import ArraySpec, block_rows, make_spec, read_spec, set_folder, set_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that one set of one data set needs; made without torch unless the compute dtype must be resolved."""
+
+    manifest: Manifest
+    source: BackboneSource
+    preprocess: PreprocessSpec
+    spec: dict[str, Any]
+    folder: Path
+    arrays: list[ArraySpec]
+    layers: tuple[int, ...]
+    missing: dict[str, Int64[np.ndarray, " M"]]
+    notes: list[str]
+
+    @property
+    def name(self) -> str:
+        """`dataset/model@res`."""
+        return f"{self.manifest.name}/{set_name(self.spec)}"
+
+    @cached_property
+    def todo(self) -> Int64[np.ndarray, " M"]:
+        """Manifest rows that lack at least one of the arrays."""
+        return np.unique(np.concatenate([np.empty(0, np.int64), *self.missing.values()]))
+
+    @property
+    def new_bytes(self) -> int:
+        """Bytes that the missing rows will take, checksums and markers aside."""
+        return sum(len(self.missing[array.name]) * array.row_bytes for array in self.arrays)
+
+    @property
+    def new_files(self) -> int:
+        """Shards and markers that will be written."""
+        size = int(self.spec["layout"]["block_rows"])
+        shards = sum(-(-len(self.missing[array.name]) // array.layout(size)[0]) for array in self.arrays)
+        return shards + -(-len(self.todo) // size)
+
+    @property
+    def gflop(self) -> float:
+        """Work of the missing rows in GFLOP."""
+        size = self.preprocess
+        return len(self.todo) * self.source.architecture.gflops(size.height, size.width)
+
+
+def set_resolution(config: SetConfig, source: BackboneSource) -> tuple[str, tuple[int, int], list[str]]:
+    """(name of the resolution, pixels fed to the network, lines to print about it)."""
+    patch = source.architecture.patch_size
+    if config.geometry == "hf":
+        if source.processor is None:
+            raise ConfigError(
+                f"--geometry hf needs the checkpoint's preprocessor_config.json, and {source.name} comes without one; "
+                "use --geometry dino or squash, or --weights with a folder that has it"
+            )
+        size = hf_size(source.processor)
+        if config.res is not None and parse_resolution(config.res) != size:
+            raise ConfigError(
+                f"--geometry hf: the checkpoint's processor makes {size[0]}x{size[1]} images, --res says {config.res}; "
+                "leave --res out"
+            )
+        asked = size
+    else:
+        native = source.architecture.native_size
+        asked = parse_resolution(config.res) if config.res is not None else (native, native)
+    name = str(asked[0]) if asked[0] == asked[1] else f"{asked[0]}x{asked[1]}"
+    pixels = fit_size(asked, patch, config.fit)
+    notes = []
+    if pixels != asked:
+        rows, columns = source.architecture.grid(*pixels)
+        notes.append(
+            f"{name} is no multiple of the patch size {patch}: images are {pixels[0]}x{pixels[1]}, "
+            f"a grid of {rows}x{columns} (--fit {config.fit})"
+        )
+    return name, pixels, notes
+
+
+def set_arrays(
+    source: BackboneSource, pixels: tuple[int, int], config: SetConfig
+) -> tuple[list[ArraySpec], tuple[int, ...]]:
+    """Arrays to write and the absolute block numbers behind `--layers`."""
+    architecture = source.architecture
+    rows, columns = architecture.grid(*pixels)
+    shapes = {
+        "cls": (architecture.embed_dim,),
+        "mean_patch": (architecture.embed_dim,),
+        "registers": (architecture.num_registers, architecture.embed_dim),
+        "patches": (rows * columns, architecture.embed_dim),
+    }
+    tokens = parse_tokens(config.tokens)
+    if "registers" in tokens and architecture.num_registers == 0:
+        raise ConfigError(f"--tokens registers: {source.name} has no register tokens")
+    layers = []
+    for layer in parse_layers(config.layers):
+        absolute = layer if layer > 0 else architecture.depth + 1 + layer
+        if not 1 <= absolute <= architecture.depth:
+            raise ConfigError(
+                f"--layers {layer}: {source.name} has blocks 1 to {architecture.depth} (or -{architecture.depth} to -1)"
+            )
+        layers.append(absolute)
+    kept = tuple(sorted(set(layers)))
+    names = [*tokens, *(f"layers/{layer}/{token}" for layer in kept for token in tokens)]
+    return [ArraySpec(name=name, row_shape=shapes[name.rsplit("/", 1)[-1]], dtype=config.dtype) for name in names], kept
+
+
+def cuda_driver() -> bool:
+    """Whether the system has an NVIDIA driver at all; where not, importing torch to ask is saved."""
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version"))
+
+
+def resolve_compute_dtype(store: Store, dataset: str, identity: dict[str, Any], asked: str, device: str) -> str:
+    """Precision belongs to the set: an existing set keeps its own, a new one takes what the device does best."""
+    if asked != "auto":
+        return asked
+    held = []
+    for entry in store.entries(dataset):
+        other = dict(entry.spec["identity"])
+        dtype = other.pop("compute_dtype", None)
+        if dtype is not None and other == {**identity, "schema": entry.spec["schema"]}:
+            held.append(str(dtype))
+    if len(held) > 1:
+        raise ConfigError(
+            f"there are sets of {dataset!r} in {' and '.join(sorted(held))}; say which to go on with by --compute-dtype"
+        )
+    if held:
+        return held[0]
+    if device == "cpu" or not cuda_driver():
+        return "float32"
+    import torch
+
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+
+
+def make_plan(
+    store: Store, dataset: str, config: SetConfig, run: RunConfig, source: BackboneSource | None = None
+) -> Plan:
+    """Resolve one set of one data set and find what it lacks. Writes nothing.
+
+    `source` saves describing the same backbone again for the next data set.
+    """
+    manifest = store.manifest(dataset)
+    if source is None:
+        source = describe_backbone(store, config)
+    resolution, pixels, notes = set_resolution(config, source)
+    arrays, layers = set_arrays(source, pixels, config)
+    published = config.geometry == "hf"  # then the processor settles mean and std too
+    preprocess = PreprocessSpec(
+        geometry=config.geometry,
+        height=pixels[0],
+        width=pixels[1],
+        mean=() if published else source.architecture.mean,
+        std=() if published else source.architecture.std,
+        processor=source.processor if published else None,
+    )
+    identity = {
+        "weights": source.weights["digest"],
+        "architecture": source.architecture.as_dict(),
+        "preprocess": preprocess.as_dict(),
+        "pos_interp": source.pos_interp,
+        "stored_dtype": config.dtype,
+        "reductions": {},
+    }
+    identity["compute_dtype"] = resolve_compute_dtype(store, dataset, identity, config.compute_dtype, run.device)
+    tokens = source.architecture.num_tokens(*pixels) + 1  # all final tokens and the mean
+    per_row = tokens * source.architecture.embed_dim * arrays[0].row_bytes // max(1, int(np.prod(arrays[0].row_shape)))
+    spec = make_spec(
+        dataset=dataset,
+        model=config.name or source.name,
+        resolution=resolution,
+        identity=identity,
+        rows_per_block=config.block_rows or block_rows(source.architecture.gflops(*pixels), per_row),
+        weights={**source.weights, "model": source.name},
+        random=source.random,
+    )
+    folder = set_folder(store.path, spec)
+    spec = existing_spec(folder, spec, config.block_rows)
+    return Plan(
+        manifest=manifest,
+        source=source,
+        preprocess=preprocess,
+        spec=spec,
+        folder=folder,
+        arrays=arrays,
+        layers=layers,
+        missing=missing_rows(folder, manifest, arrays, spec, retry_failed=run.retry_failed),
+        notes=notes,
+    )
+
+
+def describe_backbone(store: Store, config: SetConfig) -> BackboneSource:
+    """Name, weights digest and architecture, without loading the network."""
+    return describe(
+        config.model,
+        weights=config.weights,
+        random_weights=config.random_weights,
+        digest_cache=store.path / "cache" / "weights.json",
+    )
+
+
+def existing_spec(folder: Path, spec: dict[str, Any], asked_block_rows: int | None) -> dict[str, Any]:
+    """The spec on disk where there is one: its block size stays.
+
+    Raises:
+        ConfigError: another block size was asked for.
+    """
+    if not (folder / "spec.json").is_file():
+        return spec
+    held = read_spec(folder)
+    rows = held["layout"]["block_rows"]
+    if asked_block_rows is not None and asked_block_rows != rows:
+        raise ConfigError(
+            f"{folder.name} has {rows} rows per block, which stays; leave --block-rows {asked_block_rows} out"
+        )
+    return held
+
+
+def missing_rows(
+    folder: Path, manifest: Manifest, arrays: list[ArraySpec], spec: dict[str, Any], *, retry_failed: bool
+) -> dict[str, Int64[np.ndarray, " M"]]:
+    """Manifest rows that each array lacks."""
+    everything = np.arange(len(manifest))
+    if not (folder / "spec.json").is_file():
+        return {array.name: everything for array in arrays}
+    book = ledger.read_ledger(folder)
+    size = int(spec["layout"]["block_rows"])
+    try:
+        rows = ledger.read_rows(folder, manifest.short)
+    except IncompleteError:
+        held = ledger.preview_rows(folder, manifest, lambda: committed_contents(folder))
+        rows = np.where(held < 0, -size, held)  # block -1 is never committed
+    missing = {}
+    for array in arrays:
+        done: set[int] = set()
+        if array.name in book.arrays:
+            group = book.group_of(array.name)
+            done = commits.committed_blocks(folder, group)
+            if retry_failed:
+                done = {block for block in done if not commits.read_commit(folder, group, block).failed}
+        missing[array.name] = everything[~np.isin(rows // size, np.fromiter(done, np.int64, len(done)))]
+    return missing
+
+
+def committed_contents(folder: Path) -> dict[int, str]:
+    """Content hash of every committed row of a set."""
+    found: dict[int, str] = {}
+    for group in ledger.read_ledger(folder).groups:
+        for block in sorted(commits.committed_blocks(folder, group)):
+            commit = commits.read_commit(folder, group, block)
+            for row in range(commit.start, commit.stop):
+                found.setdefault(row, commit.content(row))
+    return found
+
+
+def registered_datasets(store: Store, dataset: str | None) -> list[str]:
+    """The data set asked for, or every registered one.
+
+    Raises:
+        ConfigError: none is registered.
+    """
+    if dataset is not None:
+        manifests.load(store.datasets_folder, dataset)
+        return [dataset]
+    names = store.datasets()
+    if not names:
+        raise ConfigError(
+            f"no data set is registered in {store.path}; start with `featstore register chexpert /data/CheXpert-v1.0` "
+            "or `featstore register phantom`"
+        )
+    return names

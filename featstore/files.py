@@ -1,0 +1,178 @@
+"""Files that are whole or absent: atomic replace, first-wins publication, canonical JSON and digests."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from featstore.errors import CorruptError, FeatstoreError, StoreError
+
+T = TypeVar("T")
+
+# Errors of a shared file system that pass by themselves (NFS stale handle, interrupted call, timeout, flaky disk).
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET}
+
+
+def canonical_json(value: Any) -> bytes:
+    """One byte string per value: sorted keys, no spaces, UTF-8, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of `value`, or of the bytes themselves."""
+    return hashlib.sha256(value if isinstance(value, bytes) else canonical_json(value)).hexdigest()
+
+
+def sealed(value: dict[str, Any]) -> bytes:
+    """Pretty JSON of `value` with a `digest` over everything else, so that a flipped bit is found."""
+    body = {**value, "digest": digest(value)}
+    return json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def unseal(data: bytes, path: Path) -> dict[str, Any]:
+    """Parse what `sealed` wrote.
+
+    Raises:
+        CorruptError: the text is no JSON object or its digest differs.
+    """
+    try:
+        value = json.loads(data)
+        stated = value.pop("digest")
+        computed = digest(value)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CorruptError(
+            f"{path}: not a sealed JSON file ({type(error).__name__}); restore it from a copy"
+        ) from error
+    if computed != stated:
+        raise CorruptError(f"{path}: content does not match its digest; restore it from a copy")
+    return dict(value)
+
+
+def retry(call: Callable[[], T], *, tries: int = 4, pause: float = 0.2) -> T:
+    """Repeat a call that met a transient I/O error, three times by default, then let the error pass."""
+    for attempt in range(tries):
+        try:
+            return call()
+        except OSError as error:
+            if error.errno not in TRANSIENT or attempt == tries - 1:
+                raise
+            time.sleep(pause * 2**attempt)
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn what the system says about a failed write into a StoreError that names the place.
+
+    Raises:
+        StoreError: disk full, read-only, no permission, or an I/O error that stayed.
+    """
+    try:
+        yield
+    except FeatstoreError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"{place}: cannot write ({error.strerror or error}); free space, fix access or name another --store, then "
+            "run the same command again; what is committed stays"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names created in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what file systems answer that cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents so that they survive a power cut; nothing happens if it exists."""
+    while not folder.is_dir():
+        make_folder(folder.parent)
+        with contextlib.suppress(FileNotFoundError):  # an empty parent can be swept in between
+            folder.mkdir(exist_ok=True)
+            sync_folder(folder.parent)
+
+
+def _write_beside(path: Path, data: bytes) -> Path:
+    make_folder(path.parent)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file or replace it whole; a reader sees the old bytes or the new ones.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    with writing(path):
+        temporary = _write_beside(path, data)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def link_kept(source: Path, final: Path) -> bool:
+    """Give a finished file a second name unless that name is taken; the first name stays.
+
+    Returns:
+        True if this call published the file, False if another one was first.
+
+    Raises:
+        StoreError: the file system has no hard links, so first-wins cannot be guaranteed.
+        FileNotFoundError: `source` is gone.
+    """
+    try:
+        os.link(source, final)
+        published = True
+    except FileExistsError:
+        published = False
+    except OSError as error:
+        if error.errno in {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}:
+            raise StoreError(
+                f"{final.parent}: no hard links can be made here ({error.strerror}), which commits need; "
+                "put the whole store on one local disk or POSIX file system (--store)"
+            ) from error
+        raise
+    sync_folder(final.parent)
+    return published
+
+
+def create_exclusive(path: Path, data: bytes) -> bool:
+    """Write a file that appears whole and only if nobody wrote it before; True if this call won.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    if path.exists():
+        return False
+    with writing(path):
+        temporary = _write_beside(path, data)
+        try:
+            # NFS repeats a request whose answer was lost: "exists" can be our own link, which the count of names tells.
+            return link_kept(temporary, path) or temporary.stat().st_nlink > 1
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,166 @@
+"""From a decoded image to what the network is fed, short of normalisation: intensity, geometry, quantisation.
+
+The specification imports no torch: identity and plans are made from it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Float32, Shaped, UInt8
+
+from featstore.configs import Geometry
+from featstore.errors import ConfigError
+from featstore.images.hf import PILLOW_FILTERS, RESCALE_FIRST, canonical_processor, hf_size, pillow_pixels
+from featstore.images.intensity import INTENSITIES, to_byte_range
+
+__all__ = ["IMPLEMENTATION", "PreprocessSpec", "hf_size", "preprocess", "stack"]
+
+IMPLEMENTATION = 1  # raised whenever the same file and specification would give other pixels; part of every fingerprint
+
+Quantise = Literal["auto", "uint8", "none"]
+Planes = UInt8[np.ndarray, "C H W"] | Float32[np.ndarray, "C H W"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessSpec:
+    """How every image of a set becomes pixels; `as_dict` is the part of the set's fingerprint that covers this.
+
+    `height` and `width` are pixels fed to the network. `mean` and `std` are per channel, of values in [0, 1].
+    `processor` is a `preprocessor_config.json`, for `hf` alone: it settles what is left open and must not be
+    contradicted. `quantise` "auto" becomes "uint8", or "none" where the processor resizes floats.
+
+    Raises:
+        ConfigError: values that cannot be used, or that contradict the processor.
+    """
+
+    geometry: Geometry
+    height: int
+    width: int
+    intensity: str = "native"
+    quantise: Quantise = "auto"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    processor: dict[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        if self.geometry not in get_args(Geometry):
+            raise ConfigError(f"geometry must be one of {', '.join(get_args(Geometry))}, got {self.geometry!r}")
+        if self.height < 1 or self.width < 1:
+            raise ConfigError(f"height and width must be at least 1 pixel, got {self.height}x{self.width}")
+        if self.intensity not in INTENSITIES:
+            raise ConfigError(f"intensity must be one of {', '.join(INTENSITIES)}, got {self.intensity!r}")
+        if self.quantise not in get_args(Quantise):
+            raise ConfigError(f"quantise must be one of {', '.join(get_args(Quantise))}, got {self.quantise!r}")
+        if (self.geometry == "hf") != (self.processor is not None):
+            raise ConfigError(
+                "geometry hf needs the checkpoint's preprocessor_config.json, and no other geometry takes one"
+            )
+        if self.processor is not None:
+            self._follow(canonical_processor(self.processor))
+        elif self.quantise == "auto":
+            object.__setattr__(self, "quantise", "uint8")
+        if (
+            len(self.mean) != 3
+            or len(self.std) != 3
+            or not all(isfinite(v) for v in self.mean + self.std)
+            or min(self.std) <= 0
+        ):
+            raise ConfigError(
+                f"mean and std must be three finite numbers each, std above 0; got {self.mean} and {self.std}"
+            )
+
+    def _follow(self, processor: dict[str, Any]) -> None:
+        """Take from the processor what is left open; refuse what contradicts it."""
+        height, width = hf_size(processor)
+        if (self.height, self.width) != (height, width):
+            raise ConfigError(
+                f"geometry hf: the checkpoint's processor makes {height}x{width} images, asked are "
+                f"{self.height}x{self.width}; leave the resolution out"
+            )
+        settled = {
+            "quantise": "none" if processor["image_processor_type"] in RESCALE_FIRST else "uint8",
+            "mean": tuple(processor["image_mean"]),
+            "std": tuple(processor["image_std"]),
+        }
+        for name, value in settled.items():
+            asked = getattr(self, name)
+            if asked not in (value, "auto", ()):
+                raise ConfigError(f"geometry hf: the processor has {name} {value}, asked is {asked}; leave it out")
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "processor", processor)
+
+    @property
+    def unit_range(self) -> bool:
+        """Whether `preprocess` gives values in [0, 1], as DINOv3's processor resizes them, and not in [0, 255]."""
+        return self.processor is not None and self.quantise == "none"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Canonical and ready for JSON; two specifications with equal dictionaries give equal pixels."""
+        return {
+            "implementation": IMPLEMENTATION,
+            "geometry": self.geometry,
+            "height": self.height,
+            "width": self.width,
+            "intensity": self.intensity,
+            "quantise": self.quantise,
+            "resample": PILLOW_FILTERS[self.processor["resample"]] if self.processor else "bicubic",
+            "antialias": True,
+            "resize_with": "pillow" if self.processor and self.quantise == "uint8" else "torch",
+            "mean": [float(value) for value in self.mean],
+            "std": [float(value) for value in self.std],
+            "processor": None if self.processor is None else canonical_processor(self.processor),
+        }
+
+
+def preprocess(image: Shaped[np.ndarray, "h w"] | Shaped[np.ndarray, "h w 3"], spec: PreprocessSpec) -> Planes:
+    """One decoded image of any depth as (C, height, width); C is 1 for grey and 3 for colour.
+
+    uint8 where the specification quantises, else float32; in [0, 255], or in [0, 1] where `spec.unit_range`.
+
+    Raises:
+        DecodeError: an image so long that the geometry would make it absurdly large.
+    """
+    values = to_byte_range(image, spec.intensity)
+    if spec.processor is not None:
+        return _hf(values, spec.processor, spec)
+    from featstore.images.resize import GEOMETRIES
+
+    if spec.quantise == "none":
+        return _clamp(GEOMETRIES[spec.geometry](values.astype(np.float32, copy=False), spec.height, spec.width))
+    planes = GEOMETRIES[spec.geometry](values, spec.height, spec.width)
+    return planes if planes.dtype == np.uint8 else _round(planes)
+
+
+def _hf(values: np.ndarray, processor: dict[str, Any], spec: PreprocessSpec) -> Planes:
+    if not spec.unit_range:
+        return pillow_pixels(values if values.dtype == np.uint8 else _round(values), processor)
+    from featstore.images.resize import resize
+
+    mode = PILLOW_FILTERS[processor["resample"]]
+    return resize(values * np.float32(processor["rescale_factor"]), spec.height, spec.width, mode=mode)
+
+
+def _clamp(values: Float32[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+    """Bicubic filters overshoot at edges; values outside [0, 255] are no intensities."""
+    return values.clip(0, 255)
+
+
+def _round(values: Float32[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    return _clamp(values).round().astype(np.uint8)
+
+
+def stack(
+    images: Sequence[np.ndarray | None], spec: PreprocessSpec
+) -> UInt8[np.ndarray, "B C H W"] | Float32[np.ndarray, "B C H W"]:
+    """Preprocessed images as one batch; three channels if any has them, else one. `None` (failed) becomes zeros."""
+    channels = max((image.shape[0] for image in images if image is not None), default=1)
+    batch = np.zeros(
+        (len(images), channels, spec.height, spec.width), np.uint8 if spec.quantise == "uint8" else np.float32
+    )
+    for slot, image in zip(batch, images, strict=True):
+        if image is not None:
+            slot[:] = image  # one channel fills all three
+    return batch

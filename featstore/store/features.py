@@ -1,0 +1,276 @@
+"""A set as a reader sees it: the rows of one manifest, in its order, whatever the order of computation was."""
+
+import html
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64
+
+from featstore.datasets.manifest import Manifest
+from featstore.errors import IncompleteError, UnknownNameError
+from featstore.store import commits, ledger
+from featstore.store.layout import read_spec, set_name
+from featstore.store.reader import ShardedArray, _split_key
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+OK, FAILED, PENDING = "ok", "failed", "pending"
+PARTS = ("cls", "mean_patch", "registers", "patches")
+POOL_BYTES = 256 * 2**20  # tokens held in memory while they are averaged
+
+
+@dataclass(frozen=True)
+class RowArray:
+    """One array of a set, indexed by manifest row; reads only what is asked for."""
+
+    array: ShardedArray
+    rows: Int64[np.ndarray, " N"]
+    pending: Bool[np.ndarray, " N"]
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), *self.array.shape[1:])
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """numpy's indexing: rows by integer, slice, list (any order, duplicates, negative) or mask, then the rest.
+
+        Raises:
+            IncompleteError: a row asked for is not extracted yet.
+            IndexError: as numpy, and for new axes.
+        """
+        first, rest = _split_key(index, len(self.shape))
+        if np.ndim(first) == 1 and not len(first):
+            first = np.zeros(0, np.int64)  # numpy makes an empty list a list of floats
+        positions = np.arange(len(self))[first]
+        self._check(self.pending[positions])
+        block = self.array.gather(self.rows[positions.ravel()])
+        if not rest:
+            values: np.ndarray = block.reshape(positions.shape + self.shape[1:])
+            return values
+        # What numpy still has to do, on the rows read: integers and lists broadcast with the lists in `rest`.
+        inside = slice(None) if isinstance(first, slice) else np.arange(positions.size).reshape(positions.shape)
+        picked: np.ndarray = block[(inside if np.ndim(positions) else 0, *rest)]
+        return picked
+
+    def load(self, *, verify: bool = False) -> np.ndarray:
+        """All rows in manifest order; `verify` checks every chunk's checksum on the way."""
+        self._check(self.pending)
+        count = len(self.rows)
+        if count and np.array_equal(self.rows, np.arange(self.rows[0], self.rows[0] + count)):
+            return self.array.read(int(self.rows[0]), int(self.rows[0]) + count, verify=verify)
+        return self.array.gather(self.rows, verify=verify)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("an array on disk is always copied into memory; drop copy=False")
+        values = self.load()
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+    def __repr__(self) -> str:
+        return f"<{self.name} {self.shape} {self.dtype}>"
+
+    def _check(self, pending: Any) -> None:
+        missing = int(np.count_nonzero(pending))
+        if missing:
+            raise IncompleteError(
+                f"{self.name}: {missing} of the rows asked for are not extracted yet; run the same `featstore extract` "
+                "again, or pick rows with `fs.ok`"
+            )
+
+
+class FeatureSet:
+    """Embeddings of one data set by one backbone under one preprocessing.
+
+    Attributes:
+        spec: the identity, as in `spec.json`.
+        manifest: the samples, in order; row i of every array is sample i.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder = folder
+        self.spec = read_spec(folder)
+        self.manifest = manifest
+
+    @property
+    def name(self) -> str:
+        """`dataset/model@res`."""
+        return f"{self.spec['dataset']}/{set_name(self.spec)}"
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.spec["fingerprint"])
+
+    @property
+    def random(self) -> bool:
+        """True if the weights are random; every listing says so."""
+        return bool(self.spec["random_weights"])
+
+    @cached_property
+    def ledger(self) -> ledger.Ledger:
+        return ledger.read_ledger(self.folder)
+
+    @cached_property
+    def row_index(self) -> Int64[np.ndarray, " N"]:
+        """Row of the set's arrays that holds each sample."""
+        return ledger.read_rows(self.folder, self.manifest.short)
+
+    @property
+    def arrays(self) -> list[str]:
+        """Names of the arrays, `cls` first."""
+        order = {name: position for position, name in enumerate(PARTS)}
+        return sorted(self.ledger.arrays, key=lambda name: (order.get(name, len(order)), name))
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def array(self, name: str) -> RowArray:
+        """One array by name, such as `cls` or `layers/3/cls`.
+
+        Raises:
+            UnknownNameError: the set has no such array; the message says what it has and how to add it.
+        """
+        if name not in self.ledger.arrays:
+            have = ", ".join(self.arrays) or "none"
+            raise UnknownNameError(
+                f"{self.name} has no {name!r}; it has {have}; `featstore extract ... --tokens` or `--layers` adds more"
+            )
+        folder = self.folder / "data.zarr" / name
+        if not (folder / "zarr.json").is_file():
+            raise IncompleteError(f"{self.name}:{name} has no zarr.json yet; run the same `featstore extract` again")
+        reader = ShardedArray(folder)
+        return RowArray(reader, self.row_index, self.pending(self.ledger.group_of(name)), f"{self.name}:{name}")
+
+    def __getattr__(self, name: str) -> RowArray:
+        if name in PARTS:
+            return self.array(name)
+        raise AttributeError(f"a feature set has no attribute {name!r}; arrays: {', '.join(PARTS)}")
+
+    def pending(self, group: str | None = None) -> Bool[np.ndarray, " N"]:
+        """Samples whose block is not committed yet (in any group, or in one)."""
+        size = int(self.spec["layout"]["block_rows"])
+        blocks = self.row_index // size
+        result = np.full(len(blocks), not self.ledger.groups)
+        for name in [group] if group else self.ledger.groups:
+            done = np.fromiter(commits.committed_blocks(self.folder, name), np.int64)
+            result |= ~np.isin(blocks, done)
+        return result
+
+    @cached_property
+    def _failed(self) -> dict[tuple[str, int], dict[int, str]]:
+        """Failed rows of each marker read so far; a marker never changes."""
+        return {}
+
+    @property
+    def failures(self) -> dict[int, str]:
+        """Manifest row -> reason, for images that could not be decoded."""
+        size = int(self.spec["layout"]["block_rows"])
+        position = {int(row): i for i, row in enumerate(self.row_index)}
+        wanted = {int(block) for block in np.unique(self.row_index // size)}
+        found: dict[int, str] = {}
+        for group in self.ledger.groups:
+            for block in sorted(commits.committed_blocks(self.folder, group) & wanted):
+                if (group, block) not in self._failed:
+                    self._failed[group, block] = commits.read_commit(self.folder, group, block).failed
+                found.update({position[row]: why for row, why in self._failed[group, block].items() if row in position})
+        return found
+
+    def _states(self) -> tuple[np.ndarray, dict[int, str]]:
+        """(state of each sample, reasons of those that failed)."""
+        # In this order: a block committed in between then counts as pending or failed, never as whole.
+        states = np.where(self.pending(), PENDING, OK).astype(object)
+        failures = self.failures
+        states[list(failures)] = FAILED
+        return states, failures
+
+    @property
+    def ok(self) -> Bool[np.ndarray, " N"]:
+        """Samples that have embeddings: committed in every array and not failed."""
+        return np.asarray(self._states()[0] == OK, dtype=bool)
+
+    @property
+    def rows(self) -> "pa.Table":
+        """The manifest with the columns `state` (ok, failed, pending) and `reason`."""
+        import pyarrow as pa
+
+        states, failures = self._states()
+        table = self.manifest.table.append_column("state", pa.array(states.tolist(), pa.string()))
+        return table.append_column("reason", pa.array([failures.get(row) for row in range(len(self))], pa.string()))
+
+    def parts(self, features: str) -> list[str]:
+        """Arrays behind a feature name: array names joined by '+', such as `cls+mean_patch`, or `mean_all`."""
+        if features != "mean_all":
+            return features.split("+")
+        has_registers = self.spec["identity"].get("architecture", {}).get("num_registers", 0) > 0
+        return ["cls", "registers", "patches"] if has_registers else ["cls", "patches"]
+
+    def load(self, features: str = "cls+mean_patch", *, verify: bool = False) -> np.ndarray:
+        """Features of every sample, shape (N, D), in manifest order; rows that failed are NaN.
+
+        `mean_all` is the float32 mean over all tokens (CLS, registers, patches); it needs them in the set.
+        """
+        arrays = [self.array(name) for name in self.parts(features)]
+        if features == "mean_all":
+            return _token_mean(arrays, verify)
+        loaded = [array.load(verify=verify) for array in arrays]
+        if len(loaded) == 1:
+            return loaded[0]
+        return np.concatenate([part.reshape(len(part), -1) for part in loaded], axis=1)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts and facts for listings."""
+        states = self._states()[0]
+        identity = self.spec["identity"]
+        preprocess = identity.get("preprocess", {})
+        return {
+            "set": self.name,
+            "fingerprint": self.fingerprint,
+            "manifest": self.manifest.short,
+            "samples": len(self),
+            **{state: int((states == state).sum()) for state in (OK, FAILED, PENDING)},
+            "arrays": {name: [*self.ledger.arrays[name].row_shape] for name in self.arrays},
+            "dtype": identity["stored_dtype"],
+            "compute_dtype": identity.get("compute_dtype"),
+            "weights": "random" if self.random else self.spec["weights"]["kind"],
+            "pixels": [preprocess["height"], preprocess["width"]] if preprocess else None,
+            "geometry": preprocess.get("geometry"),
+            "bytes": sum(array.row_bytes for array in self.ledger.arrays.values()) * len(self),
+        }
+
+    def __repr__(self) -> str:
+        weights = ", RANDOM WEIGHTS" if self.random else ""
+        return f"<FeatureSet {self.name} {len(self)} samples: {', '.join(self.arrays)}{weights}>"
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(str(key))}</th><td>{html.escape(str(value))}</td></tr>"
+            for key, value in self.summary().items()
+        )
+        return f"<table><caption>{html.escape(self.name)}</caption>{cells}</table>"
+
+
+def _token_mean(arrays: list[RowArray], verify: bool) -> Float32[np.ndarray, "N D"]:
+    """Mean over the tokens of all arrays, taken in float32, in pieces of rows."""
+    count = len(arrays[0])
+    num_tokens = sum(int(np.prod(array.shape[1:-1])) for array in arrays)
+    result = np.empty((count, arrays[0].shape[-1]), np.float32)
+    step = max(1, POOL_BYTES // (4 * num_tokens * result.shape[1]))
+    for first in range(0, count, step):
+        total = np.zeros_like(result[first : first + step])
+        for array in arrays:
+            piece = replace(array, rows=array.rows[first : first + step], pending=array.pending[first : first + step])
+            values = piece.load(verify=verify).astype(np.float32)
+            total += values.reshape(len(values), -1, values.shape[-1]).sum(1)
+        result[first : first + step] = total / num_tokens
+    return result

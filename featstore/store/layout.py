@@ -1,0 +1,157 @@
+"""Where things stand in a store, what a set is called, and how its rows are cut into blocks.
+
+Everything here follows from the spec alone: never from the number of rows, the world size or the machine.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featstore import files
+from featstore.errors import ConfigError, SchemaError, StoreError
+from featstore.store.shards import chunk_rows_for, shard_rows_for
+
+SCHEMA = 1
+HOME = "FEATSTORE_HOME"
+MIN_BLOCK, MAX_BLOCK = 256, 16384
+BLOCK_GFLOP, BLOCK_BYTES = 1e5, 4 * 2**30  # what a kill may cost: some minutes of a GPU, one transfer
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def store_path(explicit: Path | None = None) -> Path:
+    """The store's folder: the argument, else FEATSTORE_HOME, else the platform's user cache folder."""
+    if explicit is not None:
+        return explicit.expanduser().resolve()
+    if os.environ.get(HOME):
+        return Path(os.environ[HOME]).expanduser().resolve()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("featstore"))
+
+
+def _check_schema(data: bytes, what: str) -> None:
+    """The schema is looked for before the file is parsed: a later one may be sealed in another way."""
+    found = re.search(rb'"schema":\s*(\d+)', data)
+    if found and int(found[1]) != SCHEMA:
+        raise SchemaError(
+            f"{what} has schema {int(found[1])}, this version of featstore reads and writes schema {SCHEMA}; "
+            "use the version that wrote it, or another --store"
+        )
+
+
+def check_store(root: Path, *, create: bool = False) -> None:
+    """Refuse a folder that is another schema's store; `create` writes the mark of ours.
+
+    Raises:
+        SchemaError: the store was written by another schema version.
+        CorruptError: its mark is damaged.
+        StoreError: the path is no folder, or cannot be written when it must be.
+    """
+    mark = root / "store.json"
+    if root.exists() and not root.is_dir():
+        raise StoreError(f"{root}: a store is a folder, this is a file; pass another --store or set {HOME}")
+    if mark.is_file():
+        data = mark.read_bytes()
+        _check_schema(data, f"{root}: this store")
+        files.unseal(data, mark)
+    elif create:
+        files.create_exclusive(mark, files.sealed({"schema": SCHEMA, "format": "featstore"}))
+
+
+def block_rows(gflop_per_image: float, bytes_per_row: int) -> int:
+    """Rows of one block: the largest power of two within the cost and size bounds, in [256, 16384]."""
+    limit = min(BLOCK_GFLOP / max(gflop_per_image, 1e-9), BLOCK_BYTES / max(bytes_per_row, 1))
+    return int(min(MAX_BLOCK, max(MIN_BLOCK, 2 ** int(np.floor(np.log2(max(limit, 1)))))))
+
+
+def check_block_rows(rows: int) -> int:
+    """A block size asked for by hand must be a power of two, so that shards divide it."""
+    if rows < 1 or rows & (rows - 1):
+        raise ConfigError(f"--block-rows must be a power of two (16, 256, 4096, ...), got {rows}")
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArraySpec:
+    """One zarr array of a set: `name` such as `cls` or `layers/3/cls`, row shape and stored dtype."""
+
+    name: str
+    row_shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.row_shape, dtype=np.int64)) * ITEMSIZE[self.dtype]
+
+    def layout(self, rows_per_block: int) -> tuple[int, int]:
+        """(shard rows, chunk rows): whole shards divide a block."""
+        shard = shard_rows_for(self.row_bytes, rows_per_block)
+        return shard, chunk_rows_for(self.row_bytes, shard)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "row_shape": list(self.row_shape), "dtype": self.dtype}
+
+    @staticmethod
+    def from_dict(value: dict[str, Any]) -> "ArraySpec":
+        return ArraySpec(name=value["name"], row_shape=tuple(value["row_shape"]), dtype=value["dtype"])
+
+
+def make_spec(
+    *,
+    dataset: str,
+    model: str,
+    resolution: str,
+    identity: dict[str, Any],
+    rows_per_block: int,
+    weights: dict[str, Any],
+    random: bool,
+) -> dict[str, Any]:
+    """The content of `spec.json`. Only `identity` makes the fingerprint; names, origin and layout stand beside it."""
+    identity = {**identity, "schema": SCHEMA}
+    return {
+        "schema": SCHEMA,
+        "dataset": dataset,
+        "model": model,
+        "resolution": resolution,
+        "weights": weights,
+        "random_weights": random,
+        "identity": identity,
+        "fingerprint": files.digest(identity),
+        "layout": {"block_rows": rows_per_block},
+    }
+
+
+def set_name(spec: dict[str, Any]) -> str:
+    """`model@res`, or `model` alone for features without a known input size."""
+    return f"{spec['model']}@{spec['resolution']}" if spec["resolution"] else str(spec["model"])
+
+
+def set_folder(root: Path, spec: dict[str, Any]) -> Path:
+    """Folder of a set inside the store."""
+    return root / "sets" / str(spec["dataset"]) / f"{set_name(spec)}-{spec['fingerprint'][:8]}"
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """Load and check `spec.json`.
+
+    Raises:
+        SchemaError, CorruptError: written by another schema, or damaged.
+    """
+    path = folder / "spec.json"
+    data = path.read_bytes()
+    _check_schema(data, f"{path}: this set")
+    return files.unseal(data, path)
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Leaves of two JSON values that differ, as (dotted key, a, b)."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        result = []
+        for key in sorted({*a, *b}):
+            result += differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
+        return result
+    return [] if a == b else [(prefix, a, b)]

@@ -1,0 +1,37 @@
+"""probes: heads on cached embeddings, from the store and a manifest to a record.
+
+```python
+import featstore, probes
+fs = featstore.open()["cxr", "tiny@98"]
+task = probes.task(fs, labels=["Edema", "Effusion"])
+X, y, mask, groups, ids = task.arrays("train", features="cls")
+task.evaluate(scores)
+```
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featstore.store.features import FeatureSet
+    from probes.tasks import Task
+
+# name -> function(task, features, config) -> Fitted
+PROBES = {
+    "knn": "probes.selection:fit_knn",
+    "linear": "probes.selection:fit_linear",
+}
+
+
+def task(
+    features: "FeatureSet", name: str | None = None, *, labels: Any = (), where: str = "", allow_leak: bool = False
+) -> "Task":
+    """A task on a set: by name, made of label columns, or the data set's default.
+
+    Raises:
+        TaskError, UnknownNameError: see `probes.tasks`.
+    """
+    from probes.tasks import choose_task, make_task
+
+    columns = (labels,) if isinstance(labels, str) else tuple(labels)
+    spec = choose_task(features.manifest, task=name, labels=columns, where=where)
+    return make_task(features, spec, allow_leak=allow_leak)

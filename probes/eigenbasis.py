@@ -1,0 +1,98 @@
+"""Features in the basis of their principal axes: what the logistic solver works on.
+
+Centring is free, the intercept absorbs it; a rotation leaves the norm of the weights, and so the penalty, unchanged.
+With fewer rows than columns the solution lies in the span of the centred rows, and only that span is kept.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probes.checks import CHUNK, check_finite
+from probes.workers import Workers
+
+EXACT_BYTES = 1 << 27  # design matrices up to this size are kept in float64
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """x -> ((x - mean) / scale) @ rotation, with orthonormal columns, and the training rows there."""
+
+    mean: Float[np.ndarray, " D"]
+    scale: Float[np.ndarray, " D"]
+    rotation: Float[np.ndarray, "D r"]
+    design: Tensor  # (N, r + 1), last column one; float64 where that is small, else float32
+
+
+def scaled(
+    X: Float[np.ndarray, "N D"], mean: Float[np.ndarray, " D"], scale: Float[np.ndarray, " D"], dtype: type[np.floating]
+) -> Float[np.ndarray, "N D"]:
+    """(X - mean) / scale in the given type."""
+    result: np.ndarray = X.astype(dtype)
+    result -= mean.astype(dtype)
+    result /= scale.astype(dtype)
+    return result
+
+
+def moments(X: Float[np.ndarray, "N D"]) -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, " D"]]:
+    """(mean, standard deviation) of the columns in float64; the deviation of constant columns is 1.
+
+    Raises:
+        TaskError: a value is NaN or infinite.
+    """
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(X), CHUNK)]
+    with np.errstate(invalid="ignore"):
+        mean = sum((X[rows].sum(0, dtype=np.float64) for rows in chunks), np.zeros(X.shape[1])) / len(X)
+        if not np.isfinite(mean).all():
+            check_finite(X)
+        square = [np.square(X[rows].astype(np.float64) - mean).sum(0) for rows in chunks]
+    variance = sum(square, np.zeros(X.shape[1])) / len(X)
+    # Rounding of the mean alone, as scikit-learn's StandardScaler bounds it.
+    eps = np.finfo(np.float64).eps
+    constant = variance <= len(X) * eps * variance + np.square(len(X) * mean * eps)
+    return mean, np.where(constant, 1.0, np.sqrt(variance))
+
+
+def eigenbasis(X: Float[np.ndarray, "N D"], workers: Workers, *, standardize: bool) -> Eigenbasis:
+    """Principal axes of the rows, in descending order of variance.
+
+    Raises:
+        TaskError: a value is NaN or infinite.
+    """
+    mean, deviation = moments(X)
+    scale = deviation if standardize else np.ones_like(mean)
+    num_rows, width = X.shape
+    dtype = np.float64 if 8 * num_rows * (min(X.shape) + 1) <= EXACT_BYTES else np.float32
+
+    def part(rows: slice) -> Tensor:
+        return torch.from_numpy(scaled(X[rows], mean, scale, dtype))
+
+    if num_rows <= width:
+        rotation = _span(torch.from_numpy(scaled(X, mean, scale, np.float64)))
+    else:
+        gram = torch.zeros(width, width, dtype=torch.float64)
+        for product in workers.map_blocks(lambda rows: part(rows).T @ part(rows), num_rows, CHUNK):
+            gram += product
+        rotation = torch.linalg.eigh(gram / num_rows).eigenvectors.flip(1)
+    turn = rotation.to(part(slice(0, 0)).dtype).contiguous()
+    design = torch.ones(num_rows, rotation.shape[1] + 1, dtype=turn.dtype)
+
+    def fill(rows: slice) -> None:
+        design[rows, :-1] = part(rows) @ turn
+
+    for _ in workers.map_blocks(fill, num_rows, CHUNK):
+        pass
+    return Eigenbasis(mean, scale, rotation.numpy(), design)
+
+
+def _span(rows: Tensor) -> Tensor:
+    """Orthonormal basis (D, r) of the span of the rows (N, D), from the N x N products."""
+    variance, axes = torch.linalg.eigh(rows @ rows.T)
+    keep = variance > variance[-1] * len(rows) * torch.finfo(rows.dtype).eps
+    basis = rows.T @ (axes[:, keep] / variance[keep].sqrt())
+    # Axes of small variance come out of the products with little precision: make them orthonormal again.
+    orthonormal: Tensor = torch.linalg.qr(basis.flip(1)).Q
+    return orthonormal

@@ -1,0 +1,286 @@
+"""Discrimination and decision metrics, per label and macro, with masks. Ties count exactly one half.
+
+Values equal scikit-learn's `roc_auc_score`, `average_precision_score`, `accuracy_score` and
+`balanced_accuracy_score`; labels with a single class have no AUROC and are counted rather than guessed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypedDict
+
+import numpy as np
+from jaxtyping import Bool, Float, Integer
+
+from featstore.errors import ConfigError, TaskError
+from probes.checks import Kind
+
+Binary = Integer[np.ndarray, " N"] | Bool[np.ndarray, " N"]
+Weights = Float[np.ndarray, "B N"] | Integer[np.ndarray, "B N"]
+MetricName = Literal["auroc", "auprc", "accuracy", "balanced_accuracy"]
+METRICS: tuple[MetricName, ...] = ("auroc", "auprc", "accuracy", "balanced_accuracy")
+
+
+class Scores(TypedDict):
+    """The four metrics; NaN where one is not defined."""
+
+    auroc: float
+    auprc: float
+    accuracy: float
+    balanced_accuracy: float
+
+
+class LabelScores(Scores):
+    """Metrics of one label (or of one class against the rest) over its `n` valid rows."""
+
+    label: str
+    n: int
+    positives: int
+
+
+class Metrics(TypedDict):
+    """What `evaluate` returns; plain values, ready for JSON but for NaN."""
+
+    n: int
+    macro: Scores
+    per_label: list[LabelScores]
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Rows of one label sorted once, so that any weights of the rows give AUROC and average precision in one pass.
+
+    `positives` and `negatives` are row numbers in ascending order of score. For every positive, `below` and `up_to`
+    count the negatives with a smaller, and with a smaller or equal score; `first_tied` is the position of the first
+    positive with the same score.
+    """
+
+    positives: Integer[np.ndarray, " P"]
+    negatives: Integer[np.ndarray, " M"]
+    below: Integer[np.ndarray, " P"]
+    up_to: Integer[np.ndarray, " P"]
+    first_tied: Integer[np.ndarray, " P"]
+
+    @classmethod
+    def of(cls, y: Binary, scores: Float[np.ndarray, " N"]) -> "Ranking":
+        """Sort the rows of one label."""
+        positives, negatives = np.flatnonzero(y), np.flatnonzero(y == 0)
+        positives = positives[np.argsort(scores[positives], kind="stable")]
+        negatives = negatives[np.argsort(scores[negatives], kind="stable")]
+        high, low = scores[positives], scores[negatives]
+        return cls(
+            positives,
+            negatives,
+            np.searchsorted(low, high, "left"),
+            np.searchsorted(low, high, "right"),
+            np.searchsorted(high, high, "left"),
+        )
+
+    def renumbered(self, numbers: Integer[np.ndarray, " N"]) -> "Ranking":
+        """The same order with row `i` called `numbers[i]`: the column of `weights` that holds its weight."""
+        return replace(self, positives=numbers[self.positives], negatives=numbers[self.negatives])
+
+    def weighted(self, weights: Weights) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
+        """(AUROC, average precision) under B sets of row weights; NaN where a class has no weight.
+
+        AUROC is the weight of pairs in the right order, ties one half. Average precision is the mean over positives
+        of the precision at their score, tied rows included.
+        """
+        exact = np.int64 if np.issubdtype(weights.dtype, np.integer) else np.float64
+        positive = weights[:, self.positives].astype(exact)  # (B, P)
+        negatives_before = _running_sum(weights[:, self.negatives], exact)  # (B, M + 1)
+        positives_before = _running_sum(positive, exact)  # (B, P + 1)
+        num_positive, num_negative = positives_before[:, -1], negatives_before[:, -1]
+        below = negatives_before[:, self.below]
+        won = (positive * (below + negatives_before[:, self.up_to])).sum(1)
+        hits = num_positive[:, None] - positives_before[:, self.first_tied]
+        selected = hits + (num_negative[:, None] - below)
+        # A positive of weight zero can stand above every row that has weight: nothing is selected there.
+        precision = np.where(selected > 0, hits, 0) / np.where(selected > 0, selected, 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            auroc = won / (2.0 * num_positive * num_negative)
+            auprc = (positive * precision).sum(1) / num_positive
+        defined = (num_positive > 0) & (num_negative > 0)
+        return np.where(defined, auroc, np.nan), np.where(defined, auprc, np.nan)
+
+
+def _running_sum(values: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
+    total = np.zeros((values.shape[0], values.shape[1] + 1), dtype)
+    np.cumsum(values, axis=1, dtype=dtype, out=total[:, 1:])
+    return total
+
+
+def auroc(y: Binary, scores: Float[np.ndarray, " N"], weights: Float[np.ndarray, " N"] | None = None) -> float:
+    """Area under the ROC curve of 0/1 labels; NaN when only one class is there.
+
+    Raises:
+        TaskError: labels other than 0 and 1, or NaN scores.
+    """
+    check_binary(y, scores)
+    if weights is not None:
+        return float(Ranking.of(y, scores).weighted(weights[None])[0][0])
+    positive = y.astype(bool)
+    high, low = np.sort(scores[positive]), np.sort(scores[~positive])
+    if not len(high) or not len(low):
+        return float("nan")
+    won = int(np.searchsorted(low, high, "left").sum()) + int(np.searchsorted(low, high, "right").sum())
+    return won / (2 * len(high) * len(low))
+
+
+def average_precision(
+    y: Binary, scores: Float[np.ndarray, " N"], weights: Float[np.ndarray, " N"] | None = None
+) -> float:
+    """Area under the precision-recall curve as a step function (no interpolation); NaN when only one class is there.
+
+    Raises:
+        TaskError: labels other than 0 and 1, or NaN scores.
+    """
+    check_binary(y, scores)
+    rows = np.ones(len(y), np.int64) if weights is None else weights
+    return float(Ranking.of(y, scores).weighted(rows[None])[1][0])
+
+
+def check_binary(y: Binary, scores: Float[np.ndarray, " N"]) -> None:
+    """Labels are 0 or 1, scores are numbers.
+
+    Raises:
+        TaskError: otherwise.
+    """
+    if np.isnan(scores).any():
+        raise TaskError(
+            f"scores must be numbers; row {int(np.flatnonzero(np.isnan(scores))[0])} is NaN; mask such rows out"
+        )
+    if len(y) and not np.isin(y, (0, 1)).all():
+        raise TaskError(f"labels must be 0 or 1, found {np.unique(y)[:5].tolist()}; apply the label policy first")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """One column per label: truth, ranking score, decision and validity of every row; what all metrics work from.
+
+    `argmax` marks categorical labels, whose overall accuracy counts rows rather than labels.
+    """
+
+    y: Bool[np.ndarray, "N L"]
+    scores: Float[np.ndarray, "N L"]
+    decided: Bool[np.ndarray, "N L"]
+    valid: Bool[np.ndarray, "N L"]
+    labels: tuple[str, ...]
+    argmax: bool
+
+
+def decide(
+    y: np.ndarray,
+    scores: Float[np.ndarray, "N C"],
+    mask: Bool[np.ndarray, "..."] | None = None,
+    *,
+    kind: Kind,
+    labels: Sequence[str] | None = None,
+    threshold: float | Float[np.ndarray, " C"] = 0.5,
+) -> Decisions:
+    """Bring both kinds of task into one form; arguments as in `evaluate`.
+
+    Raises:
+        TaskError: shapes, labels or scores that do not fit together. ConfigError: an unknown kind.
+    """
+    num_rows, num_columns = scores.shape
+    names = tuple(labels) if labels is not None else tuple(str(column) for column in range(num_columns))
+    if len(names) != num_columns:
+        raise TaskError(f"{len(names)} label names given for {num_columns} columns of scores; give one name per column")
+    if kind not in ("multilabel", "multiclass"):
+        raise ConfigError(f"kind is 'multilabel' or 'multiclass', got {kind!r}")
+    shape = (num_rows, num_columns) if kind == "multilabel" else (num_rows,)
+    valid = np.ones(shape, dtype=bool) if mask is None else mask
+    if y.shape != shape or valid.shape != shape:
+        raise TaskError(
+            f"{kind} scores {scores.shape} need labels and mask of shape {shape}; got {y.shape} and {valid.shape}"
+        )
+    if kind == "multilabel":
+        for column in range(num_columns):
+            check_binary(y[valid[:, column], column], scores[valid[:, column], column])
+        return Decisions((y == 1) & valid, scores, scores >= threshold, valid, names, argmax=False)
+    if num_columns < 2:
+        raise TaskError(f"a categorical label has at least two classes, got {num_columns} column of scores")
+    if np.isnan(scores[valid]).any():
+        raise TaskError("scores must be numbers; some are NaN; mask such rows out")
+    if valid.any() and not 0 <= y[valid].min() <= y[valid].max() < num_columns:
+        raise TaskError(f"classes must be 0 to {num_columns - 1}, found {y[valid].min()} to {y[valid].max()}")
+    best = scores.argmax(1)
+    valid = valid[:, None]
+    if num_columns == 2:
+        difference = scores[:, 1:].astype(np.float64) - scores[:, :1]
+        return Decisions((y == 1)[:, None] & valid, difference, (best == 1)[:, None], valid, names[1:], argmax=True)
+    classes = np.arange(num_columns)
+    return Decisions(
+        (y[:, None] == classes) & valid,
+        scores,
+        best[:, None] == classes,
+        np.repeat(valid, num_columns, axis=1),
+        names,
+        argmax=True,
+    )
+
+
+def evaluate(
+    y: np.ndarray,
+    scores: Float[np.ndarray, "N C"],
+    mask: Bool[np.ndarray, "..."] | None = None,
+    *,
+    kind: Kind,
+    labels: Sequence[str] | None = None,
+    threshold: float | Float[np.ndarray, " C"] = 0.5,
+) -> Metrics:
+    """AUROC, average precision, accuracy and balanced accuracy, per label and macro.
+
+    multilabel: `y` (N, L) of 0/1, `mask` (N, L); a label is decided positive where its score is at or above
+    `threshold` (0.5 suits probabilities, 0 suits logits). multiclass: `y` (N,) class numbers, `mask` (N,); the class
+    of the largest score is decided, `per_label` is each class against the rest; two classes give one entry, that of
+    class 1, ranked by the difference of the two scores.
+
+    Macro values are means over the labels with both classes; labels with fewer are NaN where a metric needs both, and
+    counted in `skipped`. Of a categorical label the macro accuracy is the share of right rows, the balanced accuracy
+    the mean recall of the classes that occur.
+
+    Raises:
+        TaskError: shapes, labels or scores that do not fit together. ConfigError: an unknown kind.
+    """
+    decisions = decide(y, scores, mask, kind=kind, labels=labels, threshold=threshold)
+    per_label = [_label_scores(decisions, column) for column in range(len(decisions.labels))]
+    defined = [entry for entry in per_label if 0 < entry["positives"] < entry["n"]]
+    macro = Scores(auroc=0, auprc=0, accuracy=0, balanced_accuracy=0)
+    for name in METRICS:
+        macro[name] = _mean([entry[name] for entry in defined])
+    if decisions.argmax:
+        macro["accuracy"], macro["balanced_accuracy"] = _categorical(decisions)
+    return Metrics(
+        n=int(decisions.valid.any(1).sum()), macro=macro, per_label=per_label, skipped=len(per_label) - len(defined)
+    )
+
+
+def _label_scores(decisions: Decisions, column: int) -> LabelScores:
+    rows = decisions.valid[:, column]
+    y, decided, scores = decisions.y[rows, column], decisions.decided[rows, column], decisions.scores[rows, column]
+    one_class = y.all() or not y.any()
+    return LabelScores(
+        label=decisions.labels[column],
+        n=len(y),
+        positives=int(y.sum()),
+        auroc=auroc(y, scores),
+        auprc=average_precision(y, scores),
+        accuracy=_mean(y == decided),
+        balanced_accuracy=float("nan") if one_class else (_mean(decided[y]) + _mean(~decided[~y])) / 2,
+    )
+
+
+def _categorical(decisions: Decisions) -> tuple[float, float]:
+    """(share of right rows, mean recall of the classes that occur)."""
+    rows = decisions.valid[:, 0]
+    y, decided = decisions.y[rows], decisions.decided[rows]
+    if y.shape[1] == 1:  # two classes: add the column of class 0
+        y, decided = np.hstack([y, ~y]), np.hstack([decided, ~decided])
+    recalls = [_mean(decided[y[:, column], column]) for column in range(y.shape[1]) if y[:, column].any()]
+    return _mean((y & decided).any(1)), _mean(recalls)
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")

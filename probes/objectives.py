@@ -1,0 +1,205 @@
+"""Losses of many L2-regularised logistic problems at once, one pass over the rows for all of them.
+
+A problem owns K weight rows of d numbers: K = 1 for a binary problem, K classes for a softmax. The last of the d
+coordinates is the intercept and is not penalised. With row weights s_i, S = sum of s_i, and strength C, a problem
+minimises
+
+    f(W) = 1/S * sum_i s_i * loss_i(W) + ||W without intercept||^2 / (2 C S),
+
+which is scikit-learn's objective divided by C S. Products run in the type of W, sums over row blocks in float64.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from probes.workers import Workers
+
+# Logits of one block of rows: 4 MB in float32, so that the element-wise steps between the two products stay in cache.
+BLOCK_ELEMENTS = 1 << 20
+# Rows whose share of the curvature is below this part of their block's mean are left out of a Hessian.
+NEGLIGIBLE = 1e-4
+
+Out = TypeVar("Out")
+
+
+class Rows:
+    """The design matrix (N, d), last column one, in float32 and in the precision it came in."""
+
+    def __init__(self, design: Tensor, workers: Workers) -> None:
+        self.exact = design
+        self.fast = design.float()
+        self.workers = workers
+
+    def __len__(self) -> int:
+        return self.fast.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.fast.shape[1]
+
+    def block(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows in the asked precision."""
+        return self.fast[rows] if dtype == torch.float32 else self.exact[rows].to(dtype)
+
+    def map(self, work: Callable[[slice], Out], columns: int) -> Iterator[Out]:
+        """`work` on every block of rows, results in order; blocks suit `columns` numbers a row."""
+        return self.workers.map_blocks(work, len(self), min(max(BLOCK_ELEMENTS // max(columns, 1), 256), 8192))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss (P,), gradient (P, K, d) and mean curvature p(1-p) (P, K) of P problems."""
+
+    loss: Tensor
+    gradient: Tensor
+    curvature: Tensor
+
+    def put(self, index: Tensor, other: "Evaluation") -> None:
+        """Overwrite some problems."""
+        self.loss[index], self.gradient[index], self.curvature[index] = other.loss, other.gradient, other.curvature
+
+    def take(self, index: Tensor) -> "Evaluation":
+        """Some problems only."""
+        return Evaluation(self.loss[index], self.gradient[index], self.curvature[index])
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """Problems over the same rows, numbered family * num_C + C number; a family is a label, or the softmax."""
+
+    rows: Rows
+    heads: int  # K
+    C: Tensor  # (num_C,) float64, ascending
+    ridge: Tensor  # (problems,) 1 / (C S), float64
+    spread: Tensor  # (problems, d) weighted mean square of every coordinate, float64
+
+    def block(self, rows: slice, W: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss (P,), gradient (P, K, d), curvature (P, K)) of one block of rows, without ridge.
+
+        Problems of one family stand together in `which`.
+        """
+        ...
+
+    def hessian_block(self, rows: slice, W: Tensor, problem: int) -> Tensor:
+        """(K, d, K, d) part of the Hessian of one problem at W (K, d), without ridge, in float32."""
+        ...
+
+
+def evaluate(objective: Objective, W: Tensor, which: Tensor) -> Evaluation:
+    """Loss, gradient and curvature of the problems `which` at weights W (P, K, d)."""
+    num_problems, heads, width = W.shape
+    loss = torch.zeros(num_problems, dtype=torch.float64)
+    gradient = torch.zeros(num_problems, heads, width, dtype=torch.float64)
+    curvature = torch.zeros(num_problems, heads, dtype=torch.float64)
+    for part in objective.rows.map(lambda rows: objective.block(rows, W, which), num_problems * heads):
+        loss += part[0]
+        gradient += part[1]
+        curvature += part[2]
+    penalised, ridge = W[:, :, :-1].double(), objective.ridge[which]
+    loss += ridge / 2 * penalised.square().sum((1, 2))
+    gradient[:, :, :-1] += ridge[:, None, None] * penalised
+    return Evaluation(loss, gradient.to(W.dtype), curvature)
+
+
+def hessian(objective: Objective, W: Tensor, problem: int) -> Tensor:
+    """(Kd, Kd) Hessian of one problem at W (K, d) in float64, accurate to float32: made to precondition with."""
+    heads, width = objective.heads, objective.rows.width
+    total = torch.zeros(heads, width, heads, width, dtype=torch.float64)
+    single = W.float()
+    for part in objective.rows.map(lambda rows: objective.hessian_block(rows, single, problem), 4 * width):
+        total += part
+    head = torch.arange(heads)
+    coordinate = torch.arange(width - 1)
+    total[head[:, None], coordinate, head[:, None], coordinate] += objective.ridge[problem]
+    if heads > 1:  # a common shift of all intercepts changes no loss: lend it some curvature
+        total[:, -1, :, -1] += total[head, -1, head, -1].mean()
+    return total.view(heads * width, heads * width)
+
+
+class BinaryProblems:
+    """Every label at every C, each row weighted per label."""
+
+    heads = 1
+
+    def __init__(self, rows: Rows, y: Tensor, weights: Tensor, C: Tensor) -> None:
+        """y, weights: (L, N) float64, y 0/1; C: (num_C,) float64."""
+        self.rows, self.C = rows, C
+        total = weights.sum(1, keepdim=True)
+        self.ridge = (1 / (C * total)).flatten()
+        self.sign = (1 - 2 * y).to(torch.int8)
+        self.share = weights / total
+        self.spread = _mean_square(rows, self.share).repeat_interleave(len(C), 0)
+
+    def block(self, rows: slice, W: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = self.rows.block(rows, W.dtype)
+        sign, share = self.sign[:, rows].to(W.dtype), self.share[:, rows].to(W.dtype)
+        logits = W[:, 0] @ z.T  # (P, n)
+        loss, curvature = torch.empty(len(W), dtype=W.dtype), torch.empty(len(W), dtype=W.dtype)
+        labels, counts = torch.unique_consecutive(which // len(self.C), return_counts=True)
+        start = 0
+        for label, count in zip(labels.tolist(), counts.tolist()):
+            run, start = slice(start, start + count), start + count
+            t = logits[run].mul_(sign[label])  # negative where the decision is right
+            loss[run] = softplus(t) @ share[label]
+            t.sigmoid_()  # distance of the probability from the label
+            curvature[run] = torch.addcmul(t, t, t, value=-1) @ share[label]
+            t.mul_(sign[label] * share[label])
+        return loss, (logits @ z)[:, None], curvature[:, None]
+
+    def hessian_block(self, rows: slice, W: Tensor, problem: int) -> Tensor:
+        z = self.rows.fast[rows]
+        p = torch.sigmoid(z @ W[0])
+        weight = p * (1 - p) * self.share[problem // len(self.C), rows].float()
+        active = (weight > NEGLIGIBLE * weight.mean()).nonzero()[:, 0]
+        z = z[active] * weight[active].sqrt()[:, None]
+        return (z.T @ z)[None, :, None]
+
+
+class SoftmaxProblems:
+    """One softmax over K classes at every C."""
+
+    def __init__(self, rows: Rows, y: Tensor, weights: Tensor, C: Tensor, num_classes: int) -> None:
+        """y: (N,) class numbers; weights: (N,) float64; C: (num_C,) float64."""
+        self.rows, self.C, self.y, self.heads = rows, C, y, num_classes
+        self.ridge = 1 / (C * weights.sum())
+        self.share = weights / weights.sum()
+        self.spread = _mean_square(rows, self.share[None]).expand(len(C), -1)
+
+    def block(self, rows: slice, W: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, y, share = self.rows.block(rows, W.dtype), self.y[rows], self.share[rows].to(W.dtype)
+        num_problems, heads, width = W.shape
+        logits = (W.reshape(-1, width) @ z.T).view(num_problems, heads, -1)
+        true = y.expand(num_problems, 1, -1)
+        normaliser = torch.logsumexp(logits, 1, keepdim=True)
+        loss = (normaliser - logits.gather(1, true))[:, 0] @ share
+        p = logits.sub_(normaliser).exp_()
+        curvature = torch.addcmul(p, p, p, value=-1) @ share
+        p.scatter_add_(1, true, torch.full_like(normaliser, -1)).mul_(share)
+        return loss, (p.view(num_problems * heads, -1) @ z).view_as(W), curvature
+
+    def hessian_block(self, rows: slice, W: Tensor, problem: int) -> Tensor:
+        z, share = self.rows.fast[rows], self.share[rows].float()
+        p = torch.softmax(z @ W.T, 1)
+        size = share * (p - p * p).sum(1)
+        active = (size > NEGLIGIBLE * size.mean()).nonzero()[:, 0]
+        z, p, share, width = z[active], p[active], share[active], z.shape[1]
+        result = torch.empty(self.heads, width, self.heads, width)
+        for first in range(self.heads):
+            for second in range(first, self.heads):
+                weight = share * p[:, first] * (float(first == second) - p[:, second])
+                product = z.T @ (z * weight[:, None])
+                result[first, :, second], result[second, :, first] = product, product.T
+        return result
+
+
+def _mean_square(rows: Rows, share: Tensor) -> Tensor:
+    """(L, d) sum over rows of share * z^2, for L sets of shares that each sum to one."""
+    total = torch.zeros(len(share), rows.width, dtype=torch.float64)
+    for part in rows.map(lambda block: share[:, block].float() @ rows.fast[block].square(), rows.width):
+        total += part
+    return total

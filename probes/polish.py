@@ -1,0 +1,110 @@
+"""Problems that the diagonal preconditioner leaves over: nearly separable data at weak penalties.
+
+For each family (label) they are taken in ascending C, a few at a time, in float64: started on the line through the
+two solutions before, because weights of separable data grow with log C, and preconditioned by the full Hessian at the
+last one. A few passes and one Hessian for eight problems take the place of hundreds of passes each.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from probes.lbfgs import Diagonal, Factored, Preconditioner, solve
+from probes.objectives import Objective, evaluate, hessian
+
+MAX_WIDTH = 2100  # widest Hessian (heads * coordinates) that is formed; above it the diagonal has to do
+FACTOR_BYTES = 1 << 29  # Cholesky factors held at once
+WAVE = 8  # strengths per family that share a Hessian
+ROUNDS = 20  # new Hessians per problem before it is given up
+STEPS = 15  # iterations per Hessian
+BACKTRACKS = 20
+
+
+@dataclass
+class _Wave:
+    """Problems solved together; problem i is preconditioned by the Hessian at problem `centres[of[i]]`."""
+
+    which: list[int] = field(default_factory=list)
+    of: list[int] = field(default_factory=list)
+    centres: list[int] = field(default_factory=list)
+
+
+def polish(objective: Objective, W: Tensor, loss: Tensor, converged: Tensor, *, tolerance: float) -> None:
+    """Solve what is not converged; W (problems, K, d), loss and converged (problems,) are changed in place."""
+    num_C = len(objective.C)
+    left = [
+        [number for number in range(num_C) if not converged[family * num_C + number]]
+        for family in range(len(W) // num_C)
+    ]
+    side = W.shape[1] * W.shape[2]
+    at_once = max(1, FACTOR_BYTES // (8 * side * side))
+    while any(left):
+        families = [family for family, numbers in enumerate(left) if numbers][:at_once]
+        wave = _Wave()
+        for family in families:
+            left[family] = _extend(wave, objective.C, W, converged, family * num_C, left[family])
+        _solve_wave(objective, W, loss, converged, wave, tolerance, at_once if side <= MAX_WIDTH else 0)
+
+
+def _extend(wave: _Wave, C: Tensor, W: Tensor, converged: Tensor, base: int, numbers: list[int]) -> list[int]:
+    """Add the next strengths of the family whose problems start at `base`, with starting points; returns the rest."""
+    before = [number for number in range(numbers[0]) if converged[base + number]][-2:]
+    take = numbers[:WAVE] if before else numbers[:1]
+    centre = base + (before[-1] if before else take[0])
+    for number in take:
+        if before:
+            W[base + number] = W[centre]
+        if len(before) == 2:
+            low, high, here = C[[*before, number]].log()
+            W[base + number] += (here - high) / (high - low) * (W[centre] - W[base + before[0]])
+    wave.which += [base + number for number in take]
+    wave.of += [len(wave.centres)] * len(take)
+    wave.centres.append(centre)
+    return numbers[len(take) :]
+
+
+def _solve_wave(
+    objective: Objective, W: Tensor, loss: Tensor, converged: Tensor, wave: _Wave, tolerance: float, at_once: int
+) -> None:
+    """Rounds of a few steps per Hessian; after the first round every problem gets its own. `at_once` 0: no Hessians."""
+    which, of, centres = (torch.tensor(part) for part in (wave.which, wave.of, wave.centres))
+    for _ in range(ROUNDS):
+        for first in range(0, len(centres), at_once or len(centres)):
+            group = torch.arange(first, min(first + (at_once or len(centres)), len(centres)))
+            members = torch.isin(of, group).nonzero()[:, 0]
+            here = which[members]
+            preconditioner: Preconditioner = Diagonal(objective, here)
+            if at_once:
+                preconditioner = _factored(objective, W, centres[group], of[members] - first)
+            result = solve(
+                objective,
+                W[here],
+                here,
+                preconditioner,
+                tolerance=tolerance,
+                max_iterations=STEPS,
+                max_backtracks=BACKTRACKS,
+            )
+            W[here], loss[here], converged[here] = result.W, result.loss, result.converged
+        which = which[~converged[which]]
+        if not len(which):
+            return
+        of, centres = torch.arange(len(which)), which
+
+
+def _factored(objective: Objective, W: Tensor, centres: Tensor, of: Tensor) -> Factored:
+    matrices = [hessian(objective, W[centre], int(centre)) for centre in centres]
+    factors = torch.stack(list(objective.rows.workers.map(_cholesky, matrices)))
+    return Factored(factors, of, evaluate(objective, W[centres], centres).curvature.mean(1))
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Factor of a Hessian with float32 noise: its diagonal grows until the factor exists."""
+    size = matrix.diagonal().clamp_min(1e-30)
+    for jitter in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
+        attempt = torch.linalg.cholesky_ex(matrix + torch.diag(jitter * size))
+        if not attempt.info:
+            lower: Tensor = attempt.L
+            return lower
+    return torch.diag(size.sqrt())

@@ -1,0 +1,116 @@
+"""Records: one JSON file a result, beside it its predictions; tables and comparisons work from these alone."""
+
+import math
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featstore import files
+from featstore.errors import CorruptError, StoreError
+from featstore.records import machine, utc_now, versions
+from probes.tasks import Task
+
+RECORD_SCHEMA = 1
+
+
+def _plain(value: Any) -> Any:
+    """JSON without NaN: numpy scalars and arrays become Python values, NaN becomes null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def float_or_nan(value: Any) -> float:
+    """A number of a record; JSON has no NaN, so null stands for it."""
+    return float("nan") if value is None else float(value)
+
+
+def save_record(folder: Path, record: dict[str, Any], predictions: dict[str, Any]) -> Path:
+    """Write a record and its predictions (`<utc>-<uuid>.json` and `.parquet`); returns the JSON file.
+
+    The predictions come first, so that a record never lacks them.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = f"{utc_now().replace(':', '').replace('-', '')}-{uuid.uuid4().hex}"
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(predictions), sink, compression="zstd")
+    body = {
+        "schema": RECORD_SCHEMA,
+        "id": name,
+        "time": utc_now(),
+        "versions": versions(),
+        "machine": machine(),
+        **record,
+    }
+    try:
+        files.write_atomic(folder / f"{name}.parquet", sink.getvalue().to_pybytes())
+        files.write_atomic(folder / f"{name}.json", files.sealed(_plain(body)))
+    except OSError as error:
+        raise StoreError(
+            f"{folder}: records cannot be written here ({error.strerror or error}); pass --results FOLDER"
+        ) from error
+    return folder / f"{name}.json"
+
+
+def load_records(folder: Path, **equal: Any) -> list[dict[str, Any]]:
+    """All records of a folder in order of time, those whose top-level fields equal the given ones.
+
+    Raises:
+        CorruptError: a record does not match its digest.
+    """
+    found = []
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+        record = files.unseal(path.read_bytes(), path)
+        if all(record.get(key) == value for key, value in equal.items()):
+            found.append({**record, "file": str(path)})
+    return sorted(found, key=lambda record: (record["time"], record["id"]))
+
+
+def load_predictions(record: dict[str, Any]) -> Any:
+    """The predictions table (pyarrow) of a loaded record.
+
+    Raises:
+        CorruptError: the file is missing.
+    """
+    import pyarrow.parquet as pq
+
+    path = Path(record["file"]).with_suffix(".parquet")
+    if not path.is_file():
+        raise CorruptError(f"{path}: the predictions of this record are missing")
+    return pq.read_table(path)
+
+
+def prediction_columns(task: Task, scores: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Sample id, group, split, then label, mask and score of every label for validation and test rows."""
+    ids = task.features.manifest.column("id")
+    columns: dict[str, list[Any]] = {"id": [], "group": [], "split": []}
+    for split, values in scores.items():
+        rows = task.index(split)
+        columns["id"] += [ids[row] for row in rows]
+        columns["group"] += [task.groups[row] for row in rows]
+        columns["split"] += [split] * len(rows)
+        if task.kind == "multiclass":
+            columns.setdefault("label", []).extend(task.labels[number] for number in task.y[rows])
+        for position, label in enumerate(task.labels):
+            if task.kind == "multilabel":
+                columns.setdefault(f"label:{label}", []).extend(task.y[rows, position].tolist())
+                columns.setdefault(f"mask:{label}", []).extend(task.mask[rows, position].tolist())
+            columns.setdefault(f"score:{label}", []).extend(values[:, position].tolist())
+    return columns

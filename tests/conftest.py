@@ -1,0 +1,29 @@
+"""Fixtures shared by all tests: real data when it is there, a fresh store, thread limits."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Two BLAS pools on few cores spin against each other; tests are small, one thread is fastest.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real images, labels and weights beside the checkout; tests that need it skip without it."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the real data beside the checkout is absent")
+    return folder
+
+
+@pytest.fixture
+def store_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty store that FEATSTORE_HOME names."""
+    path = tmp_path / "store"
+    monkeypatch.setenv("FEATSTORE_HOME", str(path))
+    return path

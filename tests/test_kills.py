@@ -1,0 +1,129 @@
+"""SIGKILL at any time: nothing committed is lost, at most the block in flight is computed again, bytes are equal."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pictures import register_pictures, tree_bytes
+
+from featstore.store.catalog import Store
+
+BLOCK = 16
+COMMAND = [
+    "extract",
+    "--dataset",
+    "pics",
+    "--model",
+    "tiny",
+    "--res",
+    "42",
+    "--block-rows",
+    str(BLOCK),
+    "--batch-size",
+    "8",
+]
+
+
+def start(store: Path) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "FEATSTORE_HOME": str(store), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "featstore", *COMMAND], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(store: Path) -> str:
+    process = start(store)
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 0, output
+    return output
+
+
+def markers(store: Path) -> dict[Path, tuple[int, int]]:
+    """Inode and mtime of every marker and of every shard that a marker names."""
+    folders = list((store / "sets" / "pics").glob("tiny@42-*"))
+    found = {}
+    for folder in folders:
+        blocks = sorted(folder.glob("commits/*/*.json"))
+        shards = [shard for marker in blocks for shard in folder.glob(f"data.zarr/*/c/{int(marker.stem)}/0")]
+        for path in [*blocks, *shards]:
+            stat = path.stat()
+            found[path] = (stat.st_ino, stat.st_mtime_ns)
+    return found
+
+
+def num_committed(store: Path) -> int:
+    return len(list((store / "sets" / "pics").glob("tiny@42-*/commits/*/*.json")))
+
+
+def kill_until_done(store: Path, kills: int, num_blocks: int, rng: random.Random) -> tuple[int, int]:
+    """Kill `kills` runs, most between the first and the last commit; returns (kills in between, blocks redone)."""
+    between = 0
+    for number in range(kills):
+        before = num_committed(store)
+        held = markers(store)
+        process = start(store)
+        # Some die while starting; the others when a few more blocks stand, at a random moment of the next.
+        wanted = before + rng.randint(1, max(1, (num_blocks - before) // (kills - number + 1)))
+        deadline = time.monotonic() + (rng.uniform(0.0, 3.0) if number % 10 == 9 else 60)
+        while (
+            num_committed(store) < min(wanted, num_blocks - 1)
+            and time.monotonic() < deadline
+            and process.poll() is None
+        ):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.03))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        after = num_committed(store)
+        between += 0 < after < num_blocks
+        assert after >= before
+        assert {path: markers(store)[path] for path in held} == held
+    # What a killed attempt wrote stays for an hour: one folder for each block that was begun and not committed.
+    return between, len(list((store / "sets" / "pics").glob("tiny@42-*/attempts/*")))
+
+
+@pytest.mark.parametrize(
+    ("kills", "count"), [(4, 200), pytest.param(20, 600, marks=pytest.mark.slow)], ids=["some", "twenty"]
+)
+def test_killed_runs_lose_nothing(tmp_path: Path, kills: int, count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    store, calm = tmp_path / "store", tmp_path / "calm"
+    register_pictures(store, tmp_path / "data", count)
+    shutil.copytree(store, calm)
+    finish(calm)
+    num_blocks = -(-count // BLOCK)
+    between, redone = kill_until_done(store, kills, num_blocks, random.Random(kills))
+    held = markers(store)
+    finish(store)
+    assert {path: markers(store)[path] for path in held} == held
+    a, b = (Store(path)["pics", "tiny@42"].folder for path in (calm, store))
+    left = {name: data for name, data in tree_bytes(b).items() if not name.startswith("attempts/")}
+    assert left == tree_bytes(a)
+    with capsys.disabled():
+        print(
+            f"\n{kills} kills, {between} between the first and the last of {num_blocks} commits; "
+            f"{redone} blocks of {BLOCK} rows begun again"
+        )
+    assert between >= kills // 2
+    assert redone <= kills  # one block in flight a run
+
+
+def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    register_pictures(store, tmp_path / "data", 400)
+    process = start(store)
+    while num_committed(store) < 2 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 130, output
+    assert "what is committed stays, the same command goes on from there" in output
+    assert "Traceback" not in output
+    assert not list((store / "sets").glob("pics/*/attempts/*"))
+    finish(store)
+    assert Store(store)["pics", "tiny@42"].ok.all()
