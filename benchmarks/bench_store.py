@@ -2,7 +2,7 @@
 
     python benchmarks/bench_store.py --output benchmarks/results
 
-Prints one JSON line. Every case runs its readers once a round, in shuffled order, and reports for each the median and
+Every case runs its readers once a round, in shuffled order, and reports for each the median and
 quartiles of its seconds and of its speed relative to the baseline in the same round. `cold` rounds drop the files from
 the page cache first, with every map closed (a mapped page stays); they include opening.
 """
@@ -11,20 +11,17 @@ import argparse
 import gc
 import json
 import os
-import platform
 import random
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import tensorstore
 import zarr
@@ -43,30 +40,21 @@ QUICK = {"rows": 512, "width": 64, "grids": 24, "patches": 16, "grid_width": 32,
 
 
 def main() -> None:
-    config = parse_arguments()
-    with tempfile.TemporaryDirectory(prefix="bench_store_", dir=config.scratch) as folder:
-        results = measure(Path(folder), config)
-    record = {
-        "benchmark": "store",
+    options = parse_arguments()
+    with tempfile.TemporaryDirectory(prefix="bench_store_", dir=options.scratch) as folder:
+        cases = measure(Path(folder), options)
+    results = {
         "command": " ".join(["python", "benchmarks/bench_store.py", *sys.argv[1:]]),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "config": {name: value for name, value in vars(config).items() if name not in ("scratch", "output")},
-        "versions": {name: version(name) for name in ("numpy", "zarr", "tensorstore", "google-crc32c")}
-        | {"python": platform.python_version()},
-        "hardware": hardware(),
-        "results": results,
+        "config": {name: value for name, value in vars(options).items() if name not in ("scratch", "output")},
+        "readers": {name: version(name) for name in ("zarr", "tensorstore", "google-crc32c")},
+        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "cases": cases,
     }
-    print(json.dumps(record))
-    if config.output:
-        config.output.mkdir(parents=True, exist_ok=True)
-        name = f"store-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}.json"
-        with open(config.output / name, "x") as file:
-            json.dump(record, file, indent=1)
+    harness.report("store", options, results)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser("Reading and writing shards, against a memory map, zarr-python and tensorstore.")
     parser.add_argument("--rows", type=int, default=131072, help="rows of the N x D array")
     parser.add_argument("--width", type=int, default=768, help="D")
     parser.add_argument("--grids", type=int, default=1024, help="rows of the N x P x D array")
@@ -78,13 +66,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=10, help="gathers a round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure; default: the temporary one")
-    parser.add_argument("--output", type=Path, help="folder that gets the record as a new file")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
-    config = parser.parse_args()
-    if config.quick:
+    options = parser.parse_args()
+    if options.quick:
         for name, value in QUICK.items():
-            setattr(config, name, value)
-    return config
+            setattr(options, name, value)
+    return options
 
 
 def measure(folder: Path, config: argparse.Namespace) -> dict[str, Any]:
@@ -278,27 +264,6 @@ def compare(
 def quartiles(values: list[float]) -> list[float]:
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return [first, third]
-
-
-def commit() -> str | None:
-    git = shutil.which("git")
-    if git is None:
-        return None
-    root = Path(__file__).resolve().parent
-    found = subprocess.run([git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else None
-
-
-def hardware() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "system": platform.platform(),
-    }
 
 
 if __name__ == "__main__":

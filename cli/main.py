@@ -11,6 +11,9 @@ import typer
 from featstore import __version__
 from featstore.errors import FeatstoreError
 
+# Threads that spin while they wait starve the decoding beside them; read by OpenMP when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 HELP = {"help_option_names": ["-h", "--help"]}
 
 

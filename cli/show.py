@@ -119,7 +119,8 @@ def _lines(label: str, total: int, unit: str) -> Advance:
         nonlocal done, bad, shown
         done, bad = done + images, bad + failed
         now = time.monotonic()
-        if now - shown >= 5 or (done >= total and now - started > 1):
+        pause = 5 if now - started < 60 else 30
+        if now - shown >= pause or (done >= total and now - started > 1):
             shown = now
             rate = done / max(now - started, 1e-9)
             left = f", {duration((total - done) / rate)} left" if done < total else ""

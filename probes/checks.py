@@ -38,6 +38,16 @@ def check_width(X: Float[np.ndarray, "N D"], width: int) -> None:
         )
 
 
+def check_kind(kind: str) -> None:
+    """The kind of a task is known.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    if kind not in ("multilabel", "multiclass"):
+        raise ConfigError(f"kind is 'multilabel' or 'multiclass', got {kind!r}")
+
+
 def check_labels(
     X: Float[np.ndarray, "N D"],
     y: np.ndarray,
@@ -45,13 +55,11 @@ def check_labels(
     kind: Kind,
     num_classes: int | None = None,
 ) -> Bool[np.ndarray, "N ..."]:
-    """The mask, all true where None, once rows, kind, labels and mask fit together.
+    """The mask, all true where None, once rows, labels and mask fit together.
 
     Raises:
-        TaskError: shapes that differ, or a valid label outside 0/1 or the classes. ConfigError: an unknown kind.
+        TaskError: shapes that differ, or a valid label outside 0/1 or the classes. ConfigError: fewer than two classes.
     """
-    if kind not in ("multilabel", "multiclass"):
-        raise ConfigError(f"kind is 'multilabel' or 'multiclass', got {kind!r}")
     dimensions = 2 if kind == "multilabel" else 1
     if y.ndim != dimensions or len(y) != len(X):
         raise TaskError(f"{kind} labels of {len(X)} rows have {dimensions} axes and {len(X)} rows, got shape {y.shape}")

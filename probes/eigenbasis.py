@@ -28,12 +28,11 @@ class Eigenbasis:
 
 
 def scaled(
-    X: Float[np.ndarray, "N D"], mean: Float[np.ndarray, " D"], scale: Float[np.ndarray, " D"], dtype: type[np.floating]
+    X: Float[np.ndarray, "N D"], mean: Float[np.ndarray, " D"], scale: Float[np.ndarray, " D"]
 ) -> Float[np.ndarray, "N D"]:
-    """(X - mean) / scale in the given type."""
-    result: np.ndarray = X.astype(dtype)
-    result -= mean.astype(dtype)
-    result /= scale.astype(dtype)
+    """(X - mean) / scale in float64: columns can lie far from zero."""
+    result: np.ndarray = X - mean
+    result /= scale
     return result
 
 
@@ -65,20 +64,20 @@ def eigenbasis(X: Float[np.ndarray, "N D"], workers: Workers, *, standardize: bo
     mean, deviation = moments(X)
     scale = deviation if standardize else np.ones_like(mean)
     num_rows, width = X.shape
-    dtype = np.float64 if 8 * num_rows * (min(X.shape) + 1) <= EXACT_BYTES else np.float32
+    dtype = torch.float64 if 8 * num_rows * (min(X.shape) + 1) <= EXACT_BYTES else torch.float32
 
     def part(rows: slice) -> Tensor:
-        return torch.from_numpy(scaled(X[rows], mean, scale, dtype))
+        return torch.from_numpy(scaled(X[rows], mean, scale)).to(dtype)
 
     if num_rows <= width:
-        rotation = _span(torch.from_numpy(scaled(X, mean, scale, np.float64)))
+        rotation = _span(torch.from_numpy(scaled(X, mean, scale)))
     else:
         gram = torch.zeros(width, width, dtype=torch.float64)
         for product in workers.map_blocks(lambda rows: part(rows).T @ part(rows), num_rows, CHUNK):
             gram += product
         rotation = torch.linalg.eigh(gram / num_rows).eigenvectors.flip(1)
-    turn = rotation.to(part(slice(0, 0)).dtype).contiguous()
-    design = torch.ones(num_rows, rotation.shape[1] + 1, dtype=turn.dtype)
+    turn = rotation.to(dtype).contiguous()
+    design = torch.ones(num_rows, rotation.shape[1] + 1, dtype=dtype)
 
     def fill(rows: slice) -> None:
         design[rows, :-1] = part(rows) @ turn

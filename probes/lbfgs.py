@@ -30,6 +30,14 @@ class Preconditioner(Protocol):
         ...
 
 
+def centred(weights: Tensor) -> Tensor:
+    """Without the part that all classes of a softmax share (P, K, d): no loss depends on it, and the optimum has none.
+
+    A preconditioner must leave it out, too, or it would predict almost no gap where only the ridge has curvature.
+    """
+    return weights if weights.shape[1] == 1 else weights - weights.mean(1, keepdim=True)
+
+
 class Diagonal:
     """diag(mean p(1-p) * spread + ridge)."""
 
@@ -40,7 +48,7 @@ class Diagonal:
         h = value.curvature[:, :, None] * self.spread[:, None]
         h[:, :, :-1] += self.ridge[:, None, None]
         # An intercept whose every row is certain has no curvature, and then no gradient.
-        return gradient / h.clamp_min_(1e-30).to(gradient.dtype)
+        return centred(centred(gradient) / h.clamp_min_(1e-30).to(gradient.dtype))
 
     def keep(self, index: Tensor) -> None:
         self.spread, self.ridge = self.spread[index], self.ridge[index]
@@ -66,7 +74,7 @@ class Factored:
             run, stop = slice(stop, stop + count), stop + count
             result[run] = torch.cholesky_solve(flat[run].T, self.factors[number]).T
         scale = self.curvature[self.of] / value.curvature.mean(1).clamp_min(1e-30)
-        return (result * scale[:, None]).view_as(gradient).to(gradient.dtype)
+        return centred((result * scale[:, None]).view_as(gradient).to(gradient.dtype))
 
     def keep(self, index: Tensor) -> None:
         self.of = self.of[index]
@@ -91,19 +99,19 @@ def solve(
     max_iterations: int,
     max_backtracks: int,
 ) -> Solution:
-    """Minimise the problems `which` from W (P, K, d), in W's precision.
+    """Minimise the problems `which` from W (P, K, d), centred over classes, in W's precision.
 
-    A problem is converged when g'H^-1 g / 2, the gap that the preconditioner predicts, is below `tolerance` times its
-    loss. A problem whose step still fails after `max_backtracks` cuts is given up; so is the rest at `max_iterations`.
+    A problem is converged when the gap to its optimum is below `tolerance` times its loss, by the prediction of the
+    preconditioner, g'H^-1 g / 2, and by that of the BFGS direction, which has learnt where the preconditioner is too
+    steep. A problem whose step still fails after `max_backtracks` cuts is given up; so is the rest at `max_iterations`.
     """
     result = Solution(
         W.clone(), torch.zeros(len(which), dtype=torch.float64), torch.zeros(len(which), dtype=torch.bool)
     )
     batch = _Batch(objective, W, which, preconditioner)
     for iteration in range(max_iterations + 1):
-        newton = preconditioner.solve(batch.value.gradient, batch.value)
-        gap = _dot(batch.value.gradient, newton) / 2
-        done = gap <= tolerance * batch.value.loss
+        direction, slope, plain = batch.direction()
+        done = torch.maximum(-slope, plain) / 2 <= tolerance * batch.value.loss
         result.W[batch.place], result.loss[batch.place] = batch.W, batch.value.loss
         result.converged[batch.place] = done
         keep = (~done & ~batch.stuck).nonzero()[:, 0]
@@ -111,7 +119,8 @@ def solve(
             break
         if len(keep) < len(done):
             batch.shrink(keep)
-        batch.step(max_backtracks)
+            direction, slope = direction[keep], slope[keep]
+        batch.step(direction, slope, max_backtracks)
     return result
 
 
@@ -133,9 +142,14 @@ class _Batch:
         self.pairs = [(s[keep], y[keep], rho[keep]) for s, y, rho in self.pairs]
         self.preconditioner.keep(keep)
 
-    def direction(self) -> Tensor:
-        """The two-loop recursion with the preconditioner in the middle."""
-        q = self.value.gradient.clone()
+    def direction(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(BFGS direction, its slope, g'H^-1 g): the two-loop recursion with the preconditioner in the middle."""
+        gradient = self.value.gradient
+        newton = self.preconditioner.solve(gradient, self.value)
+        plain = _dot(gradient, newton).double()
+        if not self.pairs:
+            return -newton, -plain, plain
+        q = gradient.clone()
         factors = []
         for s, y, rho in reversed(self.pairs):
             factor = rho * _dot(s, q)
@@ -144,18 +158,17 @@ class _Batch:
         q = self.preconditioner.solve(q, self.value)
         for (s, y, rho), factor in zip(self.pairs, reversed(factors)):
             q.addcmul_((factor - rho * _dot(y, q))[:, None, None], s)
-        return q.neg_()
-
-    def step(self, max_backtracks: int) -> None:
-        """Backtracking line search from step one, each problem on its own; then remember the pair."""
-        direction = self.direction()
-        slope = _dot(self.value.gradient, direction).double()
+        direction = q.neg_()
+        slope = _dot(gradient, direction).double()
         uphill = ~(slope < 0)
         if uphill.any():  # rounding spoilt the pairs of these problems
             self.pairs = [(s, y, torch.where(uphill, 0, rho)) for s, y, rho in self.pairs]
-            plain = -self.preconditioner.solve(self.value.gradient, self.value)
-            direction = torch.where(uphill[:, None, None], plain, direction)
-            slope = _dot(self.value.gradient, direction).double()
+            direction = torch.where(uphill[:, None, None], -newton, direction)
+            slope = torch.where(uphill, -plain, slope)
+        return direction, slope, plain
+
+    def step(self, direction: Tensor, slope: Tensor, max_backtracks: int) -> None:
+        """Backtracking line search from step one, each problem on its own; then remember the pair."""
         length = torch.ones_like(slope)
         W = self.W + direction
         value = evaluate(self.objective, W, self.which)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Integer
 
 from featstore.errors import ConfigError, TaskError
-from probes.checks import CHUNK, Kind, check_finite, check_labels, check_width
+from probes.checks import CHUNK, Kind, check_finite, check_kind, check_labels, check_width
 from probes.eigenbasis import Eigenbasis, eigenbasis, scaled
 from probes.objectives import BinaryProblems, Rows, SoftmaxProblems
 from probes.solver import minimise
@@ -78,6 +78,7 @@ class LogisticProbe:
         Raises:
             TaskError: arrays that do not fit together, features that are not finite, no labelled row.
         """
+        check_kind(kind)
         mask = check_labels(X, y, mask, kind, num_classes)
         used = mask.any(1) if mask.ndim == 2 else mask
         if not used.any():
@@ -173,7 +174,7 @@ class LogisticProbe:
         return self._logits(X, self.coef_, self._centred_intercept)
 
     def probabilities(
-        self, X: Float[np.ndarray, "N D"], choice: int | Integer[np.ndarray, " L"]
+        self, X: Float[np.ndarray, "N D"], choice: int | Integer[np.ndarray, " choices"]
     ) -> Float[np.ndarray, "N L"]:
         """Probabilities at the chosen C: a number in the grid, or one per label (multilabel).
 
@@ -210,7 +211,8 @@ class LogisticProbe:
         flat = coef.transpose(1, 0, 2).reshape(width, -1).astype(dtype)
         result = np.empty((num_C, len(X), num_labels), dtype)
         for start in range(0, len(X), CHUNK):
-            part = scaled(X[start : start + CHUNK], self._centre, self.scale_, dtype) @ flat
+            part: np.ndarray = scaled(X[start : start + CHUNK], self._centre, self.scale_).astype(dtype)
+            part = part @ flat
             result[:, start : start + CHUNK] = part.reshape(-1, num_C, num_labels).transpose(1, 0, 2)
         result += intercept.astype(dtype)[:, None]
         return result

@@ -11,8 +11,8 @@ from typing import Literal, TypedDict
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
-from featstore.errors import ConfigError, TaskError
-from probes.checks import Kind
+from featstore.errors import TaskError
+from probes.checks import Kind, check_kind
 
 Binary = Integer[np.ndarray, " N"] | Bool[np.ndarray, " N"]
 Weights = Float[np.ndarray, "B N"] | Integer[np.ndarray, "B N"]
@@ -187,8 +187,7 @@ def decide(
     names = tuple(labels) if labels is not None else tuple(str(column) for column in range(num_columns))
     if len(names) != num_columns:
         raise TaskError(f"{len(names)} label names given for {num_columns} columns of scores; give one name per column")
-    if kind not in ("multilabel", "multiclass"):
-        raise ConfigError(f"kind is 'multilabel' or 'multiclass', got {kind!r}")
+    check_kind(kind)
     shape = (num_rows, num_columns) if kind == "multilabel" else (num_rows,)
     valid = np.ones(shape, dtype=bool) if mask is None else mask
     if y.shape != shape or valid.shape != shape:

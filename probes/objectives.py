@@ -22,7 +22,7 @@ from probes.workers import Workers
 # Logits of one block of rows: 4 MB in float32, so that the element-wise steps between the two products stay in cache.
 BLOCK_ELEMENTS = 1 << 20
 # Rows whose share of the curvature is below this part of their block's mean are left out of a Hessian.
-NEGLIGIBLE = 1e-4
+NEGLIGIBLE = 1e-6
 
 Out = TypeVar("Out")
 

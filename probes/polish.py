@@ -44,7 +44,7 @@ def polish(objective: Objective, W: Tensor, loss: Tensor, converged: Tensor, *, 
         wave = _Wave()
         for family in families:
             left[family] = _extend(wave, objective.C, W, converged, family * num_C, left[family])
-        _solve_wave(objective, W, loss, converged, wave, tolerance, at_once if side <= MAX_WIDTH else 0)
+        _solve_wave(objective, W, loss, converged, wave, tolerance, at_once=at_once if side <= MAX_WIDTH else 0)
 
 
 def _extend(wave: _Wave, C: Tensor, W: Tensor, converged: Tensor, base: int, numbers: list[int]) -> list[int]:
@@ -65,7 +65,7 @@ def _extend(wave: _Wave, C: Tensor, W: Tensor, converged: Tensor, base: int, num
 
 
 def _solve_wave(
-    objective: Objective, W: Tensor, loss: Tensor, converged: Tensor, wave: _Wave, tolerance: float, at_once: int
+    objective: Objective, W: Tensor, loss: Tensor, converged: Tensor, wave: _Wave, tolerance: float, *, at_once: int
 ) -> None:
     """Rounds of a few steps per Hessian; after the first round every problem gets its own. `at_once` 0: no Hessians."""
     which, of, centres = (torch.tensor(part) for part in (wave.which, wave.of, wave.centres))

@@ -56,15 +56,25 @@ def _or(value: Any, default: float) -> float:
     return default if number != number else number
 
 
+def task_name(task: dict[str, Any]) -> str:
+    """The task's name, short enough for a title."""
+    columns = task["spec"]["labels"]
+    if not task["name"].startswith("labels:"):
+        return str(task["name"])
+    return ", ".join(columns) if len(columns) <= 3 else f"{', '.join(columns[:2])} and {len(columns) - 2} more labels"
+
+
 def macro_table(records: list[dict[str, Any]]) -> Table:
     """One row a record."""
     first = records[0]
     task = first["task"]
+    known = task["groups_known"]
     counts = ", ".join(
-        f"{split} {task['splits'][split]} ({task['patients'][split]})" for split in ("train", "val", "test")
+        f"{split} {task['splits'][split]}" + (f" ({task['patients'][split]})" if known else "")
+        for split in ("train", "val", "test")
     )
-    unit = "patients" if task["groups_known"] else "no patients known"
-    title = f"{first['dataset']} · probes {first['probe']} · {task['name']} · images ({unit}): {counts}"
+    unit = "images (patients)" if known else "images, patients unknown"
+    title = f"{first['dataset']} · probes {first['probe']} · {task_name(task)} · {unit}: {counts}"
     if first["preprocess"]:
         title += f" · {first['preprocess']['geometry']}"
     columns = [

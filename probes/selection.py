@@ -153,9 +153,7 @@ def _fit_refit(task: Task, parts: dict[str, Any], config: LinearConfig, grid: tu
         head.probabilities(parts["test"][0], index),
         choices,
         head.coef_[0].size + head.coef_.shape[2],
-        (
-            f"refit on train and val; chosen by {NUM_FOLDS} group-wise folds; val shows their out-of-fold scores",
-        ),
+        (f"refit on train and val; chosen by {NUM_FOLDS} group-wise folds; val shows their out-of-fold scores",),
         metrics,
     )
 

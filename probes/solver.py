@@ -11,7 +11,9 @@ from probes.lbfgs import Diagonal, solve
 from probes.objectives import Objective, evaluate
 from probes.polish import polish
 
-TOLERANCE = 1e-7  # of the loss: the gap to the optimum that a solved problem may have by its own estimate
+# Gap to the optimum that a solved problem may have by its own estimate, relative to its loss.
+TOLERANCE = 1e-7
+POLISH_TOLERANCE = 1e-8
 EASY_ITERATIONS = 16
 EASY_BACKTRACKS = 4
 SMALL = 1e8  # rows * problems * width up to which everything runs in float64
@@ -28,7 +30,7 @@ class Solved:
 
 
 def minimise(objective: Objective, start: Tensor) -> Solved:
-    """Minimise all problems of an objective from `start` (problems, K, d), float64."""
+    """Minimise all problems of an objective from `start` (problems, K, d), float64, centred over classes."""
     num_problems, heads, width = start.shape
     exact = len(objective.rows) * num_problems * heads * width <= SMALL
     W, loss = start.clone(), torch.zeros(num_problems, dtype=torch.float64)
@@ -42,7 +44,7 @@ def minimise(objective: Objective, start: Tensor) -> Solved:
             begin,
             which,
             Diagonal(objective, which),
-            tolerance=TOLERANCE,
+            tolerance=POLISH_TOLERANCE if exact else TOLERANCE,
             max_iterations=EASY_ITERATIONS,
             max_backtracks=EASY_BACKTRACKS,
         )
@@ -54,9 +56,7 @@ def minimise(objective: Objective, start: Tensor) -> Solved:
             newton = Diagonal(objective, done).solve(value.gradient, value)
             loss[done] = value.loss
             converged[done] = (value.gradient * newton).sum((1, 2)) / 2 <= 4 * TOLERANCE * value.loss
-    polish(objective, W, loss, converged, tolerance=TOLERANCE)
-    if heads > 1:  # a common shift of all classes changes no probability; the penalty wants the mean at zero
-        W -= W.mean(1, keepdim=True)
+    polish(objective, W, loss, converged, tolerance=POLISH_TOLERANCE)
     num_C = len(objective.C)
     return Solved(
         W.view(-1, num_C, heads, width).transpose(0, 1).numpy(),

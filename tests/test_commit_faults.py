@@ -1,4 +1,4 @@
-"""Writers that die, freeze, race or meet a full disk: what is committed is whole, from one attempt, and never changes."""
+"""Writers that die, freeze, race or meet a full disk: what is committed is whole, of one attempt, and never changes."""
 
 import errno
 import itertools
@@ -42,6 +42,10 @@ from featstore.store import commits, ledger, shards
 
 GROUP = "cls+patches"
 ROWS = 12  # one block of 16, so that the last shard is short
+SLOW = pytest.mark.slow
+BEFORE_AFTER = pytest.mark.parametrize(
+    "after", [pytest.param(False, id="before"), pytest.param(True, id="after", marks=SLOW)]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +86,7 @@ def count_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     return trap.count
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@BEFORE_AFTER
 def test_a_writer_that_dies_at_any_call_loses_nothing(
     template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
@@ -126,7 +130,7 @@ def test_a_dead_writers_decision_is_finished_by_the_next_run(
     assert finished > 10
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@BEFORE_AFTER
 def test_a_writer_that_freezes_at_any_call_changes_nothing_when_it_wakes(
     template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
@@ -178,15 +182,15 @@ def test_freezing_and_dying_writers_together(template: Path, tmp_path: Path, mon
 
 
 @pytest.mark.slow
-def test_freezing_and_dying_writers_in_every_order(
+def test_freezing_and_dying_writers_in_many_orders(
     template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = count_calls(tmp_path, monkeypatch)
-    for freeze, death in itertools.product(range(1, calls + 1), repeat=2):
+    for freeze, death in random.Random(1).sample(list(itertools.product(range(1, calls + 1), repeat=2)), 1000):
         freeze_and_kill(template, tmp_path / f"{freeze}-{death}", monkeypatch, freeze, death)
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@BEFORE_AFTER
 def test_a_frozen_finisher_cannot_touch_a_block_that_was_taken_back_and_made_again(
     template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
@@ -261,11 +265,11 @@ def test_two_finishers_replace_a_leftover_without_harming_the_commit(
 FAULTS = [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO]
 
 
-@pytest.mark.parametrize("code", FAULTS, ids=[errno.errorcode[code] for code in FAULTS])
+@pytest.mark.parametrize("code", [errno.ENOSPC, *(pytest.param(code, marks=SLOW) for code in FAULTS[1:])])
 def test_a_disk_that_refuses_once_gives_a_clear_error_and_half_of_nothing(
     template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    errors = 0
+    messages: list[str] = []
     for at in range(1, count_calls(tmp_path, monkeypatch) + 1):
         folder = copied(template, tmp_path / str(at))
 
@@ -277,14 +281,14 @@ def test_a_disk_that_refuses_once_gives_a_clear_error_and_half_of_nothing(
             try:
                 write_block(folder, GROUP, 0, 1)
             except StoreError as error:
-                errors += 1
-                assert f"cannot write ({os.strerror(code)})" in str(error)
-                assert "run the same command again; what is committed stays" in str(error)
+                messages.append(str(error))
         check_blocks(folder, {1})
         write_block(folder, GROUP, 0, 2)
         assert len(check_blocks(folder, {1, 2})) == 1
         settle(folder)
-    assert errors > 20
+    assert len(messages) > 20
+    assert all(f"cannot write ({os.strerror(code)})" in message for message in messages)
+    assert all("run the same command again; what is committed stays" in message for message in messages)
 
 
 class RefusingFile:
@@ -343,7 +347,7 @@ def test_a_file_system_without_hard_links_is_told(tmp_path: Path, monkeypatch: p
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", link)
-    with pytest.raises(StoreError, match="no hard links can be made here .*; put the whole store on one local disk"):
+    with pytest.raises(StoreError, match=r"no hard links can be made here .*; put the whole store on one local disk"):
         write_block(folder, GROUP, 0, 1)
     assert leftovers(folder) == []
 
@@ -492,7 +496,7 @@ def test_a_crowd_that_writes_takes_back_dies_and_freezes(tmp_path: Path) -> None
     _, seconds = undisturbed(tmp_path)
     root = tmp_path / "crowd"
     folder = new_set(root, NUM_ROWS, BLOCK_ROWS)
-    for wave in range(30):
+    for _ in range(30):
         children = [fork(child_of(root, seed, rng.choice([1, -1]))) for seed in range(1, 5)]
         time.sleep(rng.uniform(0, seconds))
         for child in children:
@@ -508,4 +512,3 @@ def test_a_crowd_that_writes_takes_back_dies_and_freezes(tmp_path: Path) -> None
         settle(folder, BLOCK_ROWS)
         for block in rng.sample(range(NUM_ROWS // BLOCK_ROWS), 5):
             commits.take_back(folder, GROUP, [CLS, PATCHES], block, BLOCK_ROWS)
-    assert wave == 29

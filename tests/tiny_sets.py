@@ -238,7 +238,7 @@ def kill() -> None:
     """For `Trap.then`: this call and every later one dies."""
 
 
-def fork(work: Callable[[], None]) -> int:
+def fork(work: Callable[[], object]) -> int:
     """Run `work` in a child process and return its id; exit status 0 if it came to its end."""
     child = os.fork()
     if child:

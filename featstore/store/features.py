@@ -43,7 +43,7 @@ class RowArray:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __getitem__(self, index: Any) -> Any:
         """numpy's indexing: rows by integer, slice, list (any order, duplicates, negative) or mask, then the rest.
 
         Raises:
@@ -57,12 +57,10 @@ class RowArray:
         self._check(self.pending[positions])
         block = self.array.gather(self.rows[positions.ravel()])
         if not rest:
-            values: np.ndarray = block.reshape(positions.shape + self.shape[1:])
-            return values
+            return block.reshape(positions.shape + self.shape[1:])
         # What numpy still has to do, on the rows read: integers and lists broadcast with the lists in `rest`.
         inside = slice(None) if isinstance(first, slice) else np.arange(positions.size).reshape(positions.shape)
-        picked: np.ndarray = block[(inside if np.ndim(positions) else 0, *rest)]
-        return picked
+        return block[(inside if np.ndim(positions) else 0, *rest)]
 
     def load(self, *, verify: bool = False) -> np.ndarray:
         """All rows in manifest order; `verify` checks every chunk's checksum on the way."""

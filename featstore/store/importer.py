@@ -35,7 +35,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ManifestError(f"{path}: no such file; import takes an .npz with features and ids")
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
     except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ManifestError(f"{path}: not an .npz of plain arrays ({error}); objects are never unpickled") from error

@@ -354,7 +354,7 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Remove the unfinished file; nothing happens after `close`."""
-        if self.summary is None and not self._file.closed:
+        if not self._file.closed:
             # Closing flushes, which fails again on a full disk; the descriptor is released all the same.
             with suppress(OSError):
                 self._file.close()

@@ -1,0 +1,274 @@
+"""Damage of every kind is found, and repair takes back exactly the blocks that need it."""
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_sets import CLS, PATCHES, check_blocks, contents, make_manifest, make_spec_of, named, prepare, write_missing
+
+from featstore.datasets.manifest import Manifest
+from featstore.errors import FeatstoreError
+from featstore.store import commits, ledger
+from featstore.store.catalog import Store
+from featstore.store.features import FeatureSet
+from featstore.store.verify import Verdict, repair_set, verify_set
+
+MANIFEST = make_manifest(named(40))
+GROUP = "cls+patches"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = prepare(tmp_path, make_spec_of(), MANIFEST, [CLS, PATCHES])
+    write_missing(folder, 1, block_rows=16)
+    return tmp_path
+
+
+def check(root: Path, *, deep: bool = True) -> Verdict:
+    store = Store(root)
+    return verify_set(store, store.entry("demo/tiny"), deep=deep)
+
+
+def set_folder(root: Path) -> Path:
+    return next((root / "sets" / "demo").iterdir())
+
+
+def flip(path: Path, bit: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(raw)
+
+
+def readable_content(root: Path) -> tuple[object, ...]:
+    """All that a reader can see of the set."""
+    store = Store(root)
+    fs = store["demo", "tiny"]
+    table = fs.manifest.table.drop_columns(["mtime_ns"]).to_pydict()
+    mapping = ledger.read_mapping(ledger.rows_path(fs.folder, fs.manifest.short))
+    markers = [commits.read_commit(fs.folder, GROUP, block) for block in range(3)]
+    arrays = [fs.load(name, verify=True).tobytes() for name in fs.arrays]
+    return fs.spec, fs.ledger, table, mapping[:2], mapping[2].tobytes(), markers, arrays
+
+
+def test_a_whole_set_passes_and_is_counted(root: Path) -> None:
+    seen: list[int] = []
+    store = Store(root)
+    verdict = verify_set(store, store.entry("demo/tiny"), deep=True, advance=seen.append)
+    assert verdict.ok
+    shards = sum(len(data) for name, data in contents(set_folder(root)).items() if "/c/" in name)
+    assert (verdict.num_blocks, verdict.num_bytes, sum(seen)) == (3, shards, shards)
+    assert check(root, deep=False).ok
+
+
+def test_every_flipped_bit_is_found_or_harmless(root: Path) -> None:
+    rng = np.random.default_rng(7)
+    kinds = ["data.zarr/cls/c", "data.zarr/patches/c", "commits", "ledger", "rows", "spec.json", "zarr.json"]
+    files = {kind: sorted(p for p in set_folder(root).rglob("*") if p.is_file() and kind in str(p)) for kind in kinds}
+    files["manifest"] = list((root / "datasets").rglob("manifest.parquet"))
+    before = readable_content(root)
+    found: dict[str, int] = dict.fromkeys(files, 0)
+    for kind, paths in files.items():
+        for _ in range(12):
+            path = paths[rng.integers(len(paths))]
+            held = path.read_bytes()
+            flip(path, int(rng.integers(len(held) * 8)))
+            try:
+                clean = check(root).ok
+            except FeatstoreError:
+                clean = False
+            if clean:
+                assert readable_content(root) == before, path
+            found[kind] += not clean
+            path.write_bytes(held)
+    assert check(root).ok
+    assert all(found[kind] == 12 for kind in kinds if kind.startswith("data.zarr") or kind == "zarr.json"), found
+    assert all(found.values()), found
+
+
+@pytest.mark.slow
+def test_every_bit_of_one_shard_and_of_the_mapping(root: Path) -> None:
+    folder = set_folder(root)
+    before = readable_content(root)
+    for path in (folder / "data.zarr" / "cls" / "c" / "2" / "0", next((folder / "rows").iterdir())):
+        held = path.read_bytes()
+        for bit in range(len(held) * 8):
+            flip(path, bit)
+            if check(root).ok:
+                assert path.suffix == ".parquet", bit
+                assert readable_content(root) == before, bit
+            path.write_bytes(held)
+
+
+def shard(root: Path, name: str, block: int) -> Path:
+    return set_folder(root) / "data.zarr" / name / "c" / str(block) / "/".join(["0"] * (1 if name == "cls" else 2))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_payload(path: Path) -> None:
+    flip(path, 43)
+
+
+@pytest.mark.parametrize(
+    ("damage", "what", "deep"),
+    [
+        (Path.unlink, "the shard file is missing", False),
+        (truncate, "truncated or of another layout", False),
+        (lambda path: flip(path, 8 * path.stat().st_size - 70), "index", False),
+        (flip_payload, "checksum is 0x", True),
+    ],
+    ids=["missing", "truncated", "index", "payload"],
+)
+def test_repair_makes_exactly_the_damaged_blocks_pending(
+    root: Path, damage: Callable[[Path], None], what: str, deep: bool
+) -> None:
+    damage(shard(root, "patches", 1))
+    verdict = check(root, deep=deep)
+    assert [(item.group, item.block) for item in verdict.problems] == [(GROUP, 1)]
+    assert what in verdict.problems[0].what
+    assert verdict.problems[0].place == "patches/c/1/0/0"
+    store = Store(root)
+    assert repair_set(store.entry("demo/tiny"), verdict) == 1
+    assert FeatureSet(set_folder(root), MANIFEST).pending().tolist() == [16 <= row < 32 for row in range(40)]
+    assert check(root).ok
+    write_missing(set_folder(root), 1, block_rows=16)
+    assert check_blocks(set_folder(root), {1}).keys() == {(GROUP, 0), (GROUP, 1), (GROUP, 2)}
+    assert check(root).ok
+
+
+def test_a_payload_flip_is_left_to_deep(root: Path) -> None:
+    flip_payload(shard(root, "cls", 0))
+    assert check(root, deep=False).ok
+    assert not check(root).ok
+
+
+def test_a_shard_of_another_commit_is_found(root: Path, tmp_path: Path) -> None:
+    other = prepare(tmp_path / "other", make_spec_of(), MANIFEST, [CLS, PATCHES])
+    write_missing(other, 2, block_rows=16)
+    shard(root, "cls", 0).write_bytes((other / "data.zarr" / "cls" / "c" / "0" / "0").read_bytes())
+    for deep in (False, True):
+        (problem,) = check(root, deep=deep).problems
+        assert problem.what == "size or checksum differs from what was committed"
+
+
+def test_a_bad_sector_is_a_finding_not_a_crash(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import builtins
+
+    real = builtins.open
+    bad = shard(root, "cls", 2)
+
+    def opened(path: object, *args: str, **kwargs: str) -> object:
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(builtins, "open", opened)
+    (problem,) = check(root, deep=False).problems
+    assert "Input/output error" in problem.what
+    assert problem.block == 2
+
+
+def test_a_damaged_marker_is_found_and_repaired(root: Path) -> None:
+    path = commits.marker_path(set_folder(root), GROUP, 2)
+    path.write_bytes(b"{}")
+    verdict = check(root, deep=False)
+    assert [(item.place, item.block) for item in verdict.problems] == [(f"commits/{GROUP}/00000002.json", 2)]
+    repair_set(Store(root).entry("demo/tiny"), verdict)
+    assert commits.committed_blocks(set_folder(root), GROUP) == {0, 1}
+
+
+def test_a_marker_of_other_rows_is_found(root: Path) -> None:
+    folder = set_folder(root)
+    raw = commits.marker_path(folder, GROUP, 0).read_bytes()
+    commits.marker_path(folder, GROUP, 1).write_bytes(raw)
+    (problem,) = check(root, deep=False).problems
+    assert problem.what == "its rows are not those of the ledger"
+
+
+def test_metadata_is_checked_and_written_again(root: Path) -> None:
+    path = set_folder(root) / "data.zarr" / "cls" / "zarr.json"
+    held = path.read_bytes()
+    for data in (held.replace(b"40", b"30"), None):
+        path.unlink()
+        if data:
+            path.write_bytes(data)
+        verdict = check(root)
+        assert [(item.place, item.group) for item in verdict.problems] == [("data.zarr/cls/zarr.json", None)]
+        assert "--repair or the next extract writes it again" in verdict.problems[0].what
+        assert repair_set(Store(root).entry("demo/tiny"), verdict) == 0
+        assert path.read_bytes() == held
+
+
+@pytest.mark.parametrize(
+    ("value", "failed", "what"),
+    [
+        (np.nan, False, "row 21 is NaN without having failed, or the reverse"),
+        (1.0, True, "row 21 is NaN without having failed, or the reverse"),
+        (0.0, False, "row 21 is all zero"),
+    ],
+)
+def test_values_that_cannot_be_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, failed: bool, what: str
+) -> None:
+    """Written by a writer that does not check."""
+    folder = prepare(tmp_path, make_spec_of(), MANIFEST, [CLS])
+    monkeypatch.setattr(commits, "check_finite", lambda *_: None)
+    rows = np.ones((16, 8), np.float16)
+    rows[5] = value
+    states = [commits.RowState("0" * 32, "bad" if failed and row == 5 else None) for row in range(16)]
+    with commits.BlockWriter(folder, "cls", [CLS], 1, 16, 32, 16) as writer:
+        writer.append({"cls": rows}, states)
+        writer.commit()
+    (problem,) = check(tmp_path).problems
+    assert (problem.place, problem.what, problem.block) == ("data.zarr/cls", what, 1)
+    assert check(tmp_path, deep=False).ok
+
+
+def test_a_mapping_that_is_not_the_manifests_is_found(root: Path) -> None:
+    folder = set_folder(root)
+    other = make_manifest([*named(39), "else"])
+    path = ledger.rows_path(folder, MANIFEST.short)
+    held = path.read_bytes()
+    path.unlink()
+    ledger._write_rows(folder, with_digest(other), np.arange(40))
+    (problem,) = check(root, deep=False).problems
+    assert problem.what == "does not map the 40 samples of its manifest, each to a row"
+    for rows in (np.arange(1, 41), np.zeros(40, np.int64)):
+        path.unlink()
+        ledger._write_rows(folder, MANIFEST, rows)
+        assert not check(root, deep=False).ok
+    path.write_bytes(held)
+    assert check(root).ok
+
+
+def with_digest(other: Manifest) -> Manifest:
+
+    return replace(other, digest=MANIFEST.digest)
+
+
+def test_a_manifest_that_changed_is_found(root: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = next((root / "datasets").rglob("manifest.parquet"))
+    table = pq.read_table(path)
+    position = table.column_names.index("split")
+    pq.write_table(table.set_column(position, "split", pa.array(["test"] * 40)), path)
+    assert check(root, deep=False).ok
+    (problem,) = check(root).problems
+    assert "the manifest's digest does not match its rows; register it again" in problem.what
+
+
+def test_ledger_and_spec_damage_ends_in_one_finding(root: Path) -> None:
+    store = Store(root)
+    entry = store.entry("demo/tiny")
+    ledger.entry_path(entry.folder, 0).write_bytes(b"")
+    assert [item.place for item in verify_set(store, entry).problems] == ["spec or ledger"]
+    (entry.folder / "spec.json").unlink()
+    assert [item.place for item in verify_set(store, entry).problems] == ["spec or ledger"]
