@@ -15,6 +15,7 @@ from probes.objectives import Evaluation, Objective, evaluate
 
 MEMORY = 8  # pairs kept
 ARMIJO = 1e-4
+CERTIFIED = 4e-7  # gap to the optimum, relative to the loss, that `certify` lets a solved problem have
 
 
 @runtime_checkable
@@ -39,13 +40,13 @@ def centred(weights: Tensor) -> Tensor:
 
 
 class Diagonal:
-    """diag(mean p(1-p) * spread + ridge)."""
+    """diag(mean p(1-p) * spread + ridge), or the Hessian's own diagonal where `value` holds it."""
 
     def __init__(self, objective: Objective, which: Tensor) -> None:
         self.spread, self.ridge = objective.spread[which], objective.ridge[which].clone()
 
     def solve(self, gradient: Tensor, value: Evaluation) -> Tensor:
-        h = value.curvature[:, :, None] * self.spread[:, None]
+        h = value.curvature * self.spread[:, None] if value.curvature.shape[2] == 1 else value.curvature.clone()
         h[:, :, :-1] += self.ridge[:, None, None]
         # An intercept whose every row is certain has no curvature, and then no gradient.
         return centred(centred(gradient) / h.clamp_min_(1e-30).to(gradient.dtype))
@@ -73,7 +74,7 @@ class Factored:
         for number, count in zip(used.tolist(), counts.tolist()):
             run, stop = slice(stop, stop + count), stop + count
             result[run] = torch.cholesky_solve(flat[run].T, self.factors[number]).T
-        scale = self.curvature[self.of] / value.curvature.mean(1).clamp_min(1e-30)
+        scale = self.curvature[self.of] / value.curvature.mean((1, 2)).clamp_min(1e-30)
         return centred((result * scale[:, None]).view_as(gradient).to(gradient.dtype))
 
     def keep(self, index: Tensor) -> None:
@@ -194,3 +195,14 @@ class _Batch:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum((1, 2))
+
+
+def certify(objective: Objective, W: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss (P,), whether the gap to the optimum is below CERTIFIED of it) at W (P, K, d), float64.
+
+    Predicted with the Hessian's diagonal at this very point: a preconditioner from elsewhere, or a mean over rows, can
+    overrate the curvature and so hide a gap, as when a single outlier has become certain.
+    """
+    value = evaluate(objective, W, which, exact=True)
+    gap = _dot(value.gradient, Diagonal(objective, which).solve(value.gradient, value)) / 2
+    return value.loss, gap <= CERTIFIED * value.loss

@@ -53,7 +53,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss (P,), gradient (P, K, d) and mean curvature p(1-p) (P, K) of P problems."""
+    """Loss (P,), gradient (P, K, d) and curvature of P problems.
+
+    `curvature` is the mean of p(1-p), (P, K, 1), or where asked for the diagonal of the Hessian without ridge, (P, K, d).
+    """
 
     loss: Tensor
     gradient: Tensor
@@ -78,8 +81,8 @@ class Objective(Protocol):
     ridge: Tensor  # (problems,) 1 / (C S), float64
     spread: Tensor  # (problems, d) weighted mean square of every coordinate, float64
 
-    def block(self, rows: slice, W: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss (P,), gradient (P, K, d), curvature (P, K)) of one block of rows, without ridge.
+    def block(self, rows: slice, W: Tensor, which: Tensor, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, gradient, curvature) of one block of rows as in `Evaluation`, without ridge; `exact`: the diagonal.
 
         Problems of one family stand together in `which`.
         """
@@ -90,13 +93,13 @@ class Objective(Protocol):
         ...
 
 
-def evaluate(objective: Objective, W: Tensor, which: Tensor) -> Evaluation:
-    """Loss, gradient and curvature of the problems `which` at weights W (P, K, d)."""
+def evaluate(objective: Objective, W: Tensor, which: Tensor, *, exact: bool = False) -> Evaluation:
+    """Loss, gradient and curvature (its diagonal if `exact`) of the problems `which` at weights W (P, K, d)."""
     num_problems, heads, width = W.shape
     loss = torch.zeros(num_problems, dtype=torch.float64)
     gradient = torch.zeros(num_problems, heads, width, dtype=torch.float64)
-    curvature = torch.zeros(num_problems, heads, dtype=torch.float64)
-    for part in objective.rows.map(lambda rows: objective.block(rows, W, which), num_problems * heads):
+    curvature = torch.zeros(num_problems, heads, width if exact else 1, dtype=torch.float64)
+    for part in objective.rows.map(lambda rows: objective.block(rows, W, which, exact), num_problems * heads):
         loss += part[0]
         gradient += part[1]
         curvature += part[2]
@@ -135,11 +138,12 @@ class BinaryProblems:
         self.share = weights / total
         self.spread = _mean_square(rows, self.share).repeat_interleave(len(C), 0)
 
-    def block(self, rows: slice, W: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def block(self, rows: slice, W: Tensor, which: Tensor, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
         z = self.rows.block(rows, W.dtype)
         sign, share = self.sign[:, rows].to(W.dtype), self.share[:, rows].to(W.dtype)
+        moments = z.square() if exact else torch.ones(len(z), 1, dtype=W.dtype)
         logits = W[:, 0] @ z.T  # (P, n)
-        loss, curvature = torch.empty(len(W), dtype=W.dtype), torch.empty(len(W), dtype=W.dtype)
+        loss, curvature = torch.empty(len(W), dtype=W.dtype), torch.empty(len(W), moments.shape[1], dtype=W.dtype)
         labels, counts = torch.unique_consecutive(which // len(self.C), return_counts=True)
         start = 0
         for label, count in zip(labels.tolist(), counts.tolist()):
@@ -147,7 +151,7 @@ class BinaryProblems:
             t = logits[run].mul_(sign[label])  # negative where the decision is right
             loss[run] = softplus(t) @ share[label]
             t.sigmoid_()  # distance of the probability from the label
-            curvature[run] = torch.addcmul(t, t, t, value=-1) @ share[label]
+            curvature[run] = torch.addcmul(t, t, t, value=-1) @ (share[label, :, None] * moments)
             t.mul_(sign[label] * share[label])
         return loss, (logits @ z)[:, None], curvature[:, None]
 
@@ -170,15 +174,16 @@ class SoftmaxProblems:
         self.share = weights / weights.sum()
         self.spread = _mean_square(rows, self.share[None]).expand(len(C), -1)
 
-    def block(self, rows: slice, W: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def block(self, rows: slice, W: Tensor, which: Tensor, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
         z, y, share = self.rows.block(rows, W.dtype), self.y[rows], self.share[rows].to(W.dtype)
         num_problems, heads, width = W.shape
+        moments = z.square() if exact else torch.ones(len(z), 1, dtype=W.dtype)
         logits = (W.reshape(-1, width) @ z.T).view(num_problems, heads, -1)
         true = y.expand(num_problems, 1, -1)
         normaliser = torch.logsumexp(logits, 1, keepdim=True)
         loss = (normaliser - logits.gather(1, true))[:, 0] @ share
         p = logits.sub_(normaliser).exp_()
-        curvature = torch.addcmul(p, p, p, value=-1) @ share
+        curvature = torch.addcmul(p, p, p, value=-1) @ (share[:, None] * moments)
         p.scatter_add_(1, true, torch.full_like(normaliser, -1)).mul_(share)
         return loss, (p.view(num_problems * heads, -1) @ z).view_as(W), curvature
 

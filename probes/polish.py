@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from probes.lbfgs import Diagonal, Factored, Preconditioner, solve
+from probes.lbfgs import Diagonal, Factored, Preconditioner, certify, solve
 from probes.objectives import Objective, evaluate, hessian
 
 MAX_WIDTH = 2100  # widest Hessian (heads * coordinates) that is formed; above it the diagonal has to do
@@ -86,7 +86,11 @@ def _solve_wave(
                 max_iterations=STEPS,
                 max_backtracks=BACKTRACKS,
             )
-            W[here], loss[here], converged[here] = result.W, result.loss, result.converged
+            # Converged by the exact Hessian at the start of the round needs no second opinion.
+            unmoved = (result.W == W[here]).all(2).all(1)
+            W[here] = result.W
+            loss[here], certain = certify(objective, W[here], here)
+            converged[here] = result.converged & (certain | unmoved)
         which = which[~converged[which]]
         if not len(which):
             return
@@ -96,7 +100,7 @@ def _solve_wave(
 def _factored(objective: Objective, W: Tensor, centres: Tensor, of: Tensor) -> Factored:
     matrices = [hessian(objective, W[centre], int(centre)) for centre in centres]
     factors = torch.stack(list(objective.rows.workers.map(_cholesky, matrices)))
-    return Factored(factors, of, evaluate(objective, W[centres], centres).curvature.mean(1))
+    return Factored(factors, of, evaluate(objective, W[centres], centres).curvature.mean((1, 2)))
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

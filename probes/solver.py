@@ -7,13 +7,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from probes.lbfgs import Diagonal, solve
-from probes.objectives import Objective, evaluate
+from probes.lbfgs import Diagonal, certify, solve
+from probes.objectives import Objective
 from probes.polish import polish
 
 # Gap to the optimum that a solved problem may have by its own estimate, relative to its loss.
-TOLERANCE = 1e-7
-POLISH_TOLERANCE = 1e-8
+TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-8}
 EASY_ITERATIONS = 16
 EASY_BACKTRACKS = 4
 SMALL = 1e8  # rows * problems * width up to which everything runs in float64
@@ -44,19 +43,16 @@ def minimise(objective: Objective, start: Tensor) -> Solved:
             begin,
             which,
             Diagonal(objective, which),
-            tolerance=POLISH_TOLERANCE if exact else TOLERANCE,
+            tolerance=TOLERANCE[begin.dtype],
             max_iterations=EASY_ITERATIONS,
             max_backtracks=EASY_BACKTRACKS,
         )
         W[which] = result.W.double()
         loss[which], converged[which] = result.loss, result.converged
         done = which[result.converged]
-        if not exact and len(done):
-            value = evaluate(objective, W[done], done)  # float32 judged itself: look again
-            newton = Diagonal(objective, done).solve(value.gradient, value)
-            loss[done] = value.loss
-            converged[done] = (value.gradient * newton).sum((1, 2)) / 2 <= 4 * TOLERANCE * value.loss
-    polish(objective, W, loss, converged, tolerance=POLISH_TOLERANCE)
+        if len(done):
+            loss[done], converged[done] = certify(objective, W[done], done)
+    polish(objective, W, loss, converged, tolerance=TOLERANCE[torch.float64])
     num_C = len(objective.C)
     return Solved(
         W.view(-1, num_C, heads, width).transpose(0, 1).numpy(),

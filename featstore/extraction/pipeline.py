@@ -22,7 +22,7 @@ from featstore.datasets.manifest import MISSING, check_unchanged
 from featstore.errors import ConfigError, DeviceError, FeatstoreError
 from featstore.extraction.loader import GONE, Batch, Job, Loader
 from featstore.extraction.plan import Plan
-from featstore.extraction.prepare import STALE_SECONDS, is_prepared, prepare
+from featstore.extraction.prepare import is_prepared, prepare
 from featstore.images import to_pixels
 from featstore.store import commits, ledger
 from featstore.store.commits import BlockWriter
@@ -98,7 +98,7 @@ def extract(
         worker.compute(group, arrays, summary, advance)
     summary.seconds = time.monotonic() - started
     _write_run(plan, run, summary)
-    commits.sweep_attempts(plan.folder, older_than=STALE_SECONDS)
+    commits.sweep_attempts(plan.folder, older_than=commits.STALE_SECONDS)
     return summary
 
 

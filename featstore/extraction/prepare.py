@@ -5,8 +5,6 @@ from featstore.extraction.plan import Plan, committed_contents
 from featstore.store import commits, ledger
 from featstore.store.layout import check_store
 
-STALE_SECONDS = 3600.0  # an attempt untouched for an hour has no living writer
-
 
 def is_prepared(plan: Plan) -> bool:
     """Whether the set knows every sample of the manifest already."""
@@ -22,4 +20,4 @@ def prepare(plan: Plan) -> None:
     book = ledger.read_ledger(plan.folder)
     ledger.write_metadata(plan.folder, plan.spec, book)
     commits.finish_intents(plan.folder, book, int(plan.spec["layout"]["block_rows"]))
-    commits.sweep_attempts(plan.folder, older_than=STALE_SECONDS)
+    commits.sweep_attempts(plan.folder, older_than=commits.STALE_SECONDS)

@@ -13,7 +13,7 @@ from featstore.datasets.manifest import Manifest
 from featstore.errors import IncompleteError, UnknownNameError
 from featstore.store import commits, ledger
 from featstore.store.layout import read_spec, set_name
-from featstore.store.reader import ShardedArray, _split_key
+from featstore.store.reader import ShardedArray, split_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,7 +50,7 @@ class RowArray:
             IncompleteError: a row asked for is not extracted yet.
             IndexError: as numpy, and for new axes.
         """
-        first, rest = _split_key(index, len(self.shape))
+        first, rest = split_key(index, len(self.shape))
         if np.ndim(first) == 1 and not len(first):
             first = np.zeros(0, np.int64)  # numpy makes an empty list a list of floats
         positions = np.arange(len(self))[first]

@@ -125,7 +125,7 @@ class ShardedArray:
         """numpy's indexing. Only axis 0 is cut on disk: `x[:, 0]` reads whole rows and then takes its part."""
         if type(key) is int:
             return self._row(key)
-        first, rest = _split_key(key, len(self.shape))
+        first, rest = split_key(key, len(self.shape))
         inside: Any
         if isinstance(first, slice):
             start, stop, step = first.indices(len(self))
@@ -318,7 +318,7 @@ def _out_of_range(row: int, num_rows: int) -> IndexError:
     return IndexError(f"row {row} is out of range for an array of {num_rows} rows; {valid}")
 
 
-def _split_key(key: Any, ndim: int) -> tuple[Any, tuple[Any, ...]]:
+def split_key(key: Any, ndim: int) -> tuple[Any, tuple[Any, ...]]:
     """(what picks rows: an int, a slice or something like an array; what is left for numpy)."""
     parts = list(key) if isinstance(key, tuple) else [key]
     if any(part is None for part in parts):

@@ -26,6 +26,7 @@ from featstore.errors import ConfigError, CorruptError, StoreError
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16  # offset and length, uint64 each
 ABSENT = 2**64 - 1  # zarr's mark for a chunk that a shard does not hold
+# Both follow from the row shape alone and stand in no file: another value here is another SCHEMA of the store.
 CHUNK_TARGET_BYTES = 384 * 1024  # smaller chunks slow stock readers down, larger ones make a checked gather dear
 SHARD_LIMIT_BYTES = 128 * 2**20  # cold full loads gain up to about here, then memory and retries only cost
 
