@@ -55,7 +55,7 @@ class Rows:
 class Evaluation:
     """Loss (P,), gradient (P, K, d) and curvature of P problems.
 
-    `curvature` is the mean of p(1-p), (P, K, 1), or where asked for the diagonal of the Hessian without ridge, (P, K, d).
+    `curvature` is the mean of p(1-p), (P, K, 1), or where asked for the Hessian's diagonal without ridge, (P, K, d).
     """
 
     loss: Tensor
@@ -157,8 +157,8 @@ class BinaryProblems:
 
     def hessian_block(self, rows: slice, W: Tensor, problem: int) -> Tensor:
         z = self.rows.fast[rows]
-        p = torch.sigmoid(z @ W[0])
-        weight = p * (1 - p) * self.share[problem // len(self.C), rows].float()
+        logits = z @ W[0]
+        weight = torch.sigmoid(logits) * torch.sigmoid(-logits) * self.share[problem // len(self.C), rows].float()
         active = (weight > NEGLIGIBLE * weight.mean()).nonzero()[:, 0]
         z = z[active] * weight[active].sqrt()[:, None]
         return (z.T @ z)[None, :, None]
@@ -188,16 +188,19 @@ class SoftmaxProblems:
         return loss, (p.view(num_problems * heads, -1) @ z).view_as(W), curvature
 
     def hessian_block(self, rows: slice, W: Tensor, problem: int) -> Tensor:
-        z, share = self.rows.fast[rows], self.share[rows].float()
-        p = torch.softmax(z @ W.T, 1)
-        size = share * (p - p * p).sum(1)
+        z = self.rows.fast[rows]
+        p = torch.softmax((z @ W.T).double(), 1)
+        own = torch.eye(self.heads, dtype=torch.float64)
+        # -p_k p_l off the diagonal; p_k (1 - p_k) as a sum, which stays exact where p_k is nearly one.
+        pair = p[:, :, None] * torch.where(own > 0, (p @ (1 - own))[:, :, None], -p[:, None, :])
+        pair = (pair * self.share[rows, None, None]).float()  # (n, K, K)
+        size = pair.diagonal(dim1=1, dim2=2).sum(1)
         active = (size > NEGLIGIBLE * size.mean()).nonzero()[:, 0]
-        z, p, share, width = z[active], p[active], share[active], z.shape[1]
+        z, pair, width = z[active], pair[active], z.shape[1]
         result = torch.empty(self.heads, width, self.heads, width)
         for first in range(self.heads):
             for second in range(first, self.heads):
-                weight = share * p[:, first] * (float(first == second) - p[:, second])
-                product = z.T @ (z * weight[:, None])
+                product = z.T @ (z * pair[:, first, second, None])
                 result[first, :, second], result[second, :, first] = product, product.T
         return result
 

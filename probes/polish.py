@@ -26,6 +26,7 @@ class _Wave:
     """Problems solved together; problem i is preconditioned by the Hessian at problem `centres[of[i]]`."""
 
     which: list[int] = field(default_factory=list)
+    starts: list[Tensor] = field(default_factory=list)
     of: list[int] = field(default_factory=list)
     centres: list[int] = field(default_factory=list)
 
@@ -38,13 +39,14 @@ def polish(objective: Objective, W: Tensor, loss: Tensor, converged: Tensor, *, 
         for family in range(len(W) // num_C)
     ]
     side = W.shape[1] * W.shape[2]
-    at_once = max(1, FACTOR_BYTES // (8 * side * side))
+    at_once = max(1, FACTOR_BYTES // (8 * side * side)) if side <= MAX_WIDTH else 0
     while any(left):
-        families = [family for family, numbers in enumerate(left) if numbers][:at_once]
+        families = [family for family, numbers in enumerate(left) if numbers][: at_once or len(left)]
         wave = _Wave()
         for family in families:
             left[family] = _extend(wave, objective.C, W, converged, family * num_C, left[family])
-        _solve_wave(objective, W, loss, converged, wave, tolerance, at_once=at_once if side <= MAX_WIDTH else 0)
+        _choose_starts(objective, W, wave)
+        _solve_wave(objective, W, loss, converged, wave, tolerance, at_once)
 
 
 def _extend(wave: _Wave, C: Tensor, W: Tensor, converged: Tensor, base: int, numbers: list[int]) -> list[int]:
@@ -53,19 +55,26 @@ def _extend(wave: _Wave, C: Tensor, W: Tensor, converged: Tensor, base: int, num
     take = numbers[:WAVE] if before else numbers[:1]
     centre = base + (before[-1] if before else take[0])
     for number in take:
-        if before:
-            W[base + number] = W[centre]
+        start = W[centre]
         if len(before) == 2:
             low, high, here = C[[*before, number]].log()
-            W[base + number] += (here - high) / (high - low) * (W[centre] - W[base + before[0]])
+            start = start + (here - high) / (high - low) * (start - W[base + before[0]])
+        wave.starts.append(start)
     wave.which += [base + number for number in take]
     wave.of += [len(wave.centres)] * len(take)
     wave.centres.append(centre)
     return numbers[len(take) :]
 
 
+def _choose_starts(objective: Objective, W: Tensor, wave: _Wave) -> None:
+    """Start on the path, or where the first solver stopped if that is lower."""
+    which, starts = torch.tensor(wave.which), torch.stack(wave.starts)
+    better = evaluate(objective, starts, which).loss < evaluate(objective, W[which], which).loss
+    W[which[better]] = starts[better]
+
+
 def _solve_wave(
-    objective: Objective, W: Tensor, loss: Tensor, converged: Tensor, wave: _Wave, tolerance: float, *, at_once: int
+    objective: Objective, W: Tensor, loss: Tensor, converged: Tensor, wave: _Wave, tolerance: float, at_once: int
 ) -> None:
     """Rounds of a few steps per Hessian; after the first round every problem gets its own. `at_once` 0: no Hessians."""
     which, of, centres = (torch.tensor(part) for part in (wave.which, wave.of, wave.centres))
@@ -86,11 +95,11 @@ def _solve_wave(
                 max_iterations=STEPS,
                 max_backtracks=BACKTRACKS,
             )
-            # Converged by the exact Hessian at the start of the round needs no second opinion.
-            unmoved = (result.W == W[here]).all(2).all(1)
+            # Converged where it stood by its own full Hessian: that needs no second opinion.
+            sure = (W[here] == result.W).all(2).all(1) & (centres[of[members]] == here) & (at_once > 0)
             W[here] = result.W
-            loss[here], certain = certify(objective, W[here], here)
-            converged[here] = result.converged & (certain | unmoved)
+            loss[here], certified = certify(objective, W[here], here)
+            converged[here] = result.converged & (certified | sure)
         which = which[~converged[which]]
         if not len(which):
             return
