@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -105,9 +107,39 @@ def make_folder(folder: Path) -> None:
             sync_folder(folder.parent)
 
 
+@functools.cache
+def _processes() -> str:
+    """Names the set of processes that this one can see: one boot of one machine, one container; '' where unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+    return hashlib.sha256(f"{boot} {space}".encode()).hexdigest()[:12]
+
+
+def own_name() -> str:
+    """A name that no other writer uses and that tells whether its writer is still alive (see `is_dead`)."""
+    return f"{_processes() or 'unknown'}-{os.getpid()}-{uuid.uuid4().hex}"
+
+
+def is_dead(name: str) -> bool:
+    """Whether `own_name` in this file name belongs to a process of this machine that has ended; False if in doubt."""
+    found = re.search(r"([0-9a-f]{12})-(\d+)-[0-9a-f]{32}", name)
+    if not found or found[1] != _processes():
+        return False
+    try:
+        state = Path(f"/proc/{found[2]}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return state in "ZX"  # ended, its parent has not noticed
+
+
 def _write_beside(path: Path, data: bytes) -> Path:
     make_folder(path.parent)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    temporary = path.with_name(f"{path.name}.{own_name()}.partial")
     try:
         with open(temporary, "xb") as file:
             file.write(data)

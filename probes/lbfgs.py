@@ -15,7 +15,6 @@ from probes.objectives import Evaluation, Objective, evaluate
 
 MEMORY = 8  # pairs kept
 ARMIJO = 1e-4
-CERTIFIED = 4e-7  # gap to the optimum, relative to the loss, that `certify` lets a solved problem have
 
 
 @runtime_checkable
@@ -66,7 +65,8 @@ class Factored:
         """curvature: (F,) mean p(1-p) where the Hessians were taken."""
         self.factors, self.of, self.curvature = factors, of, curvature
 
-    def solve(self, gradient: Tensor, value: Evaluation) -> Tensor:
+    def solve(self, gradient: Tensor, value: Evaluation | None) -> Tensor:
+        """As in `Preconditioner`; without a value, at the points where the Hessians were taken."""
         flat = gradient.flatten(1).to(self.factors.dtype)
         result = torch.empty_like(flat)
         used, counts = torch.unique_consecutive(self.of, return_counts=True)
@@ -74,8 +74,10 @@ class Factored:
         for number, count in zip(used.tolist(), counts.tolist()):
             run, stop = slice(stop, stop + count), stop + count
             result[run] = torch.cholesky_solve(flat[run].T, self.factors[number]).T
-        scale = self.curvature[self.of] / value.curvature.mean((1, 2)).clamp_min(1e-30)
-        return centred((result * scale[:, None]).view_as(gradient).to(gradient.dtype))
+        if value is not None:
+            scale = self.curvature[self.of] / value.curvature.mean((1, 2)).clamp_min(1e-30)
+            result *= scale[:, None]
+        return centred(result.view_as(gradient).to(gradient.dtype))
 
     def keep(self, index: Tensor) -> None:
         self.of = self.of[index]
@@ -195,14 +197,3 @@ class _Batch:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum((1, 2))
-
-
-def certify(objective: Objective, W: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss (P,), whether the gap to the optimum is below CERTIFIED of it) at W (P, K, d), float64.
-
-    Predicted with the Hessian's diagonal at this very point: a preconditioner from elsewhere, or a mean over rows, can
-    overrate the curvature and so hide a gap, as when a single outlier has become certain.
-    """
-    value = evaluate(objective, W, which, exact=True)
-    gap = _dot(value.gradient, Diagonal(objective, which).solve(value.gradient, value)) / 2
-    return value.loss, gap <= CERTIFIED * value.loss

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from probes.lbfgs import Diagonal, Factored, Preconditioner, certify, solve
+from probes.lbfgs import Diagonal, Factored, Preconditioner, solve
 from probes.objectives import Objective, evaluate, hessian
 
 MAX_WIDTH = 2100  # widest Hessian (heads * coordinates) that is formed; above it the diagonal has to do
@@ -19,6 +19,8 @@ WAVE = 8  # strengths per family that share a Hessian
 ROUNDS = 20  # new Hessians per problem before it is given up
 STEPS = 15  # iterations per Hessian
 BACKTRACKS = 20
+CERTIFIED = 4e-7  # gap to the optimum, relative to the loss, that `certify` lets a solved problem have
+CHEAP = 2e9  # rows * width^2 * problems up to which it looks at full Hessians
 
 
 @dataclass
@@ -85,7 +87,7 @@ def _solve_wave(
             here = which[members]
             preconditioner: Preconditioner = Diagonal(objective, here)
             if at_once:
-                preconditioner = _factored(objective, W, centres[group], of[members] - first)
+                preconditioner = _factored(objective, W[centres[group]], centres[group], of[members] - first)
             result = solve(
                 objective,
                 W[here],
@@ -106,10 +108,35 @@ def _solve_wave(
         of, centres = torch.arange(len(which)), which
 
 
+def certify(objective: Objective, W: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss (P,), whether the gap to the optimum is below CERTIFIED of it) at W (P, K, d), float64.
+
+    Predicted with the Hessian at this very point, or its diagonal where Hessians are not cheap. A preconditioner from
+    elsewhere, or a mean over rows, can overrate the curvature and so hide a gap: a single outlier that has become
+    certain is enough.
+    """
+    value = evaluate(objective, W, which, exact=True)
+    side = W.shape[1] * W.shape[2]
+    if len(objective.rows) * side * side * len(which) > CHEAP:
+        newton = Diagonal(objective, which).solve(value.gradient, value)
+    else:
+        at_once = max(1, FACTOR_BYTES // (8 * side * side))
+        newton = torch.cat(
+            [
+                _factored(objective, W[part], which[part], torch.arange(len(which[part]))).solve(
+                    value.gradient[part], None
+                )
+                for part in (slice(first, first + at_once) for first in range(0, len(which), at_once))
+            ]
+        )
+    return value.loss, (value.gradient * newton).sum((1, 2)) / 2 <= CERTIFIED * value.loss
+
+
 def _factored(objective: Objective, W: Tensor, centres: Tensor, of: Tensor) -> Factored:
-    matrices = [hessian(objective, W[centre], int(centre)) for centre in centres]
+    """Hessians of the problems `centres` at W (their weights), factored."""
+    matrices = [hessian(objective, weights, int(centre)) for weights, centre in zip(W, centres)]
     factors = torch.stack(list(objective.rows.workers.map(_cholesky, matrices)))
-    return Factored(factors, of, evaluate(objective, W[centres], centres).curvature.mean((1, 2)))
+    return Factored(factors, of, evaluate(objective, W, centres).curvature.mean((1, 2)))
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

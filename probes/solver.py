@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from probes.lbfgs import Diagonal, certify, solve
+from probes.lbfgs import Diagonal, solve
 from probes.objectives import Objective
-from probes.polish import polish
+from probes.polish import certify, polish
 
 # Gap to the optimum that a solved problem may have by its own estimate, relative to its loss.
 TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-8}

@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -191,3 +194,27 @@ def test_make_folder_syncs_every_new_name(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match=r"file/x: cannot write \(File exists\)"):
         files.create_exclusive(tmp_path / "file" / "x", b"")
+
+
+def test_names_tell_whether_their_writer_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not files.is_dead(files.own_name())
+    script = "from featstore import files; print(files.own_name())"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    assert files.is_dead(ended)
+    assert files.is_dead(f"00000003.intent.{ended}.partial")
+    assert not files.is_dead("0" * 12 + ended[12:])  # another machine's process cannot be seen from here
+    assert not files.is_dead("no name of ours")
+    waiting = [sys.executable, "-c", script + "; import sys; sys.stdout.flush(); input()"]
+    sleeper = subprocess.Popen(waiting, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert sleeper.stdout is not None
+    name = sleeper.stdout.readline().strip()
+    assert not files.is_dead(name)
+    sleeper.kill()
+    while Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    assert files.is_dead(name)  # not reaped yet
+    sleeper.communicate()
+    assert files.is_dead(name)
+    monkeypatch.setattr(files, "_processes", lambda: "")
+    assert not files.is_dead(name)
+    assert files.own_name().startswith("unknown-")

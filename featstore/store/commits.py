@@ -114,7 +114,7 @@ class BlockWriter:
     start: int
     stop: int
     rows_per_block: int
-    attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
+    attempt: str = field(default_factory=files.own_name)
     _writers: dict[tuple[str, int], ShardWriter] = field(default_factory=dict)
     _summaries: dict[tuple[str, int], ShardSummary] = field(default_factory=dict)
     _position: int = 0
@@ -248,7 +248,7 @@ def attempt_file(array: str, shard: int) -> str:
 
 def _retire(home: Path) -> None:
     """Take an attempt's folder away in one step, then empty it."""
-    gone = home.with_name(f".gone-{uuid.uuid4().hex}")
+    gone = home.with_name(f".gone-{files.own_name()}")
     with contextlib.suppress(FileNotFoundError):
         home.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -378,7 +378,10 @@ _PARTIAL = ("", "ledger/", "rows/", "runs/", "commits/*/", "data.zarr/", "data.z
 
 
 def sweep_attempts(folder: Path, *, older_than: float) -> int:
-    """Remove what killed writers left, if its last change is `older_than` seconds ago; returns the number of attempts.
+    """Remove what killed writers left; returns the number of attempts.
+
+    A writer counts as dead if it was a process of this machine and is gone, or if it has changed nothing for
+    `older_than` seconds.
 
     Attempts that an intent names are kept: they are the block.
     """
@@ -390,14 +393,15 @@ def sweep_attempts(folder: Path, *, older_than: float) -> int:
     removed = 0
     with files.writing(folder):
         for attempt in list(home.iterdir()) if home.is_dir() else []:
-            if attempt.name not in decided and _age(attempt, *attempt.glob("*")) >= older_than:
+            dead = files.is_dead(attempt.name) or _age(attempt, *attempt.glob("*")) >= older_than
+            if attempt.name not in decided and dead:
                 _retire(attempt)
                 removed += 1
         with contextlib.suppress(OSError):
             home.rmdir()  # only when empty
         for place in _PARTIAL:
             for path in folder.glob(f"{place}*.partial"):
-                if _age(path) >= older_than:
+                if files.is_dead(path.name) or _age(path) >= older_than:
                     path.unlink(missing_ok=True)
     return removed
 
