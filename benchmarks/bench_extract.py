@@ -47,7 +47,7 @@ def naive(root: Path, network: torch.nn.Module, size: int, batch_size: int, outp
 
 def main() -> None:
     options = harness.parser(__doc__ or "").parse_args()
-    count, source, size, repeats = (8, 128, 56, 1) if options.quick else (96, 1024, 224, 5)
+    count, source, size, repeats = (8, 128, 56, 1) if options.quick else (32, 1024, 224, 5)
     model = "tiny" if options.quick else "dinov2-small"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "data"

@@ -210,8 +210,10 @@ def ranked(
     num_rows = len(index.bank)
     asked = min(k + SPARE, num_rows)
     similarity, rows = index.nearest(queries, asked)
-    order = np.lexsort((rows, -similarity))
-    similarity, rows = np.take_along_axis(similarity, order, 1), np.take_along_axis(rows, order, 1)
+    # Both backends answer in descending order; only rows with equal neighbours have to be put in order.
+    tied = np.flatnonzero((similarity[:, 1:] == similarity[:, :-1]).any(1))
+    order = np.lexsort((rows[tied], -similarity[tied]))
+    rows[tied] = np.take_along_axis(rows[tied], order, 1)
     if asked < num_rows:
         # Which of more than SPARE equal rows came back is chance: rank the whole bank for these queries.
         for query in np.flatnonzero(similarity[:, k - 1] == similarity[:, -1]):

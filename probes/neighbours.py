@@ -29,7 +29,7 @@ class Index(Protocol):
     def nearest(
         self, queries: Float[np.ndarray, "Q D"], k: int
     ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-        """(similarity, row) of the k most similar rows, any order among ties."""
+        """(similarity, row) of the k most similar rows, descending, any order among ties."""
         ...
 
 

@@ -89,7 +89,7 @@ class Objective(Protocol):
         ...
 
     def hessian_block(self, rows: slice, W: Tensor, problem: int) -> Tensor:
-        """(K, d, K, d) part of the Hessian of one problem at W (K, d), without ridge, in float32."""
+        """(K, d, K, d) part of the Hessian of one problem at W (K, d), without ridge."""
         ...
 
 
@@ -110,11 +110,10 @@ def evaluate(objective: Objective, W: Tensor, which: Tensor, *, exact: bool = Fa
 
 
 def hessian(objective: Objective, W: Tensor, problem: int) -> Tensor:
-    """(Kd, Kd) Hessian of one problem at W (K, d) in float64, accurate to float32: made to precondition with."""
+    """(Kd, Kd) Hessian of one problem at W (K, d), float64; products run in the type of W."""
     heads, width = objective.heads, objective.rows.width
     total = torch.zeros(heads, width, heads, width, dtype=torch.float64)
-    single = W.float()
-    for part in objective.rows.map(lambda rows: objective.hessian_block(rows, single, problem), 4 * width):
+    for part in objective.rows.map(lambda rows: objective.hessian_block(rows, W, problem), 4 * width):
         total += part
     head = torch.arange(heads)
     coordinate = torch.arange(width - 1)
@@ -156,9 +155,9 @@ class BinaryProblems:
         return loss, (logits @ z)[:, None], curvature[:, None]
 
     def hessian_block(self, rows: slice, W: Tensor, problem: int) -> Tensor:
-        z = self.rows.fast[rows]
+        z = self.rows.block(rows, W.dtype)
         logits = z @ W[0]
-        weight = torch.sigmoid(logits) * torch.sigmoid(-logits) * self.share[problem // len(self.C), rows].float()
+        weight = torch.sigmoid(logits) * torch.sigmoid(-logits) * self.share[problem // len(self.C), rows].to(W.dtype)
         active = (weight > NEGLIGIBLE * weight.mean()).nonzero()[:, 0]
         z = z[active] * weight[active].sqrt()[:, None]
         return (z.T @ z)[None, :, None]
@@ -188,16 +187,16 @@ class SoftmaxProblems:
         return loss, (p.view(num_problems * heads, -1) @ z).view_as(W), curvature
 
     def hessian_block(self, rows: slice, W: Tensor, problem: int) -> Tensor:
-        z = self.rows.fast[rows]
+        z = self.rows.block(rows, W.dtype)
         p = torch.softmax((z @ W.T).double(), 1)
         own = torch.eye(self.heads, dtype=torch.float64)
         # -p_k p_l off the diagonal; p_k (1 - p_k) as a sum, which stays exact where p_k is nearly one.
         pair = p[:, :, None] * torch.where(own > 0, (p @ (1 - own))[:, :, None], -p[:, None, :])
-        pair = (pair * self.share[rows, None, None]).float()  # (n, K, K)
+        pair = (pair * self.share[rows, None, None]).to(W.dtype)  # (n, K, K)
         size = pair.diagonal(dim1=1, dim2=2).sum(1)
         active = (size > NEGLIGIBLE * size.mean()).nonzero()[:, 0]
         z, pair, width = z[active], pair[active], z.shape[1]
-        result = torch.empty(self.heads, width, self.heads, width)
+        result = torch.empty(self.heads, width, self.heads, width, dtype=W.dtype)
         for first in range(self.heads):
             for second in range(first, self.heads):
                 product = z.T @ (z * pair[:, first, second, None])

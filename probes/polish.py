@@ -20,6 +20,7 @@ ROUNDS = 20  # new Hessians per problem before it is given up
 STEPS = 15  # iterations per Hessian
 BACKTRACKS = 20
 CERTIFIED = 4e-7  # gap to the optimum, relative to the loss, that `certify` lets a solved problem have
+EXACT = 1e8  # rows * width^2 up to which a Hessian is formed in float64, else in float32
 CHEAP = 2e9  # rows * width^2 * problems up to which it looks at full Hessians
 
 
@@ -48,7 +49,7 @@ def polish(objective: Objective, W: Tensor, loss: Tensor, converged: Tensor, *, 
         for family in families:
             left[family] = _extend(wave, objective.C, W, converged, family * num_C, left[family])
         _choose_starts(objective, W, wave)
-        _solve_wave(objective, W, loss, converged, wave, tolerance, at_once)
+        _solve_wave(objective, W, loss, converged, wave, tolerance=tolerance, at_once=at_once)
 
 
 def _extend(wave: _Wave, C: Tensor, W: Tensor, converged: Tensor, base: int, numbers: list[int]) -> list[int]:
@@ -76,7 +77,7 @@ def _choose_starts(objective: Objective, W: Tensor, wave: _Wave) -> None:
 
 
 def _solve_wave(
-    objective: Objective, W: Tensor, loss: Tensor, converged: Tensor, wave: _Wave, tolerance: float, at_once: int
+    objective: Objective, W: Tensor, loss: Tensor, converged: Tensor, wave: _Wave, *, tolerance: float, at_once: int
 ) -> None:
     """Rounds of a few steps per Hessian; after the first round every problem gets its own. `at_once` 0: no Hessians."""
     which, of, centres = (torch.tensor(part) for part in (wave.which, wave.of, wave.centres))
@@ -134,17 +135,20 @@ def certify(objective: Objective, W: Tensor, which: Tensor) -> tuple[Tensor, Ten
 
 def _factored(objective: Objective, W: Tensor, centres: Tensor, of: Tensor) -> Factored:
     """Hessians of the problems `centres` at W (their weights), factored."""
-    matrices = [hessian(objective, weights, int(centre)) for weights, centre in zip(W, centres)]
-    factors = torch.stack(list(objective.rows.workers.map(_cholesky, matrices)))
+    exact = len(objective.rows) * (W.shape[1] * W.shape[2]) ** 2 <= EXACT
+    dtype, jitter = (torch.float64, 1e-13) if exact else (torch.float32, 1e-7)
+    matrices = [hessian(objective, weights.to(dtype), int(centre)) for weights, centre in zip(W, centres)]
+    factors = torch.stack(list(objective.rows.workers.map(lambda matrix: _cholesky(matrix, jitter), matrices)))
     return Factored(factors, of, evaluate(objective, W, centres).curvature.mean((1, 2)))
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
-    """Factor of a Hessian with float32 noise: its diagonal grows until the factor exists."""
+def _cholesky(matrix: Tensor, jitter: float) -> Tensor:
+    """Factor of a Hessian with rounding noise: its diagonal grows by `jitter` and more until the factor exists."""
     size = matrix.diagonal().clamp_min(1e-30)
-    for jitter in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
+    while jitter < 1:
         attempt = torch.linalg.cholesky_ex(matrix + torch.diag(jitter * size))
         if not attempt.info:
             lower: Tensor = attempt.L
             return lower
+        jitter *= 10
     return torch.diag(size.sqrt())

@@ -21,6 +21,8 @@ from featstore.errors import ConfigError, TaskError
 from probes import polish, solver
 from probes.logistic import DEFAULT_C, LogisticProbe, choose
 from probes.metrics import evaluate
+from probes.objectives import BinaryProblems, Objective, Rows, SoftmaxProblems, hessian
+from probes.workers import worker_threads
 
 
 @pytest.mark.parametrize("check", conformance.CHECKS)
@@ -190,6 +192,57 @@ def test_digits_at_every_strength() -> None:
     softmax = LogisticProbe(C=DEFAULT_C[::8]).fit(X, y, kind="multiclass")
     assert softmax.converged_.all()
     assert excess(softmax, 2, X, y) < 1e-6
+
+
+def sparse_features(num_rows: int, width: int, seed: int) -> np.ndarray:
+    """Mostly zero, with heavy tails: single rows rule the curvature until they are certain."""
+    random = np.random.default_rng(seed)
+    return np.abs(random.standard_normal((num_rows, width))) ** 3 * (random.random((num_rows, width)) < 0.2)
+
+
+@pytest.mark.parametrize("seed", [2, 5])
+def test_outliers_do_not_hide_a_gap(seed: int) -> None:
+    X = sparse_features(20, 3, seed)
+    y = np.random.default_rng(seed).random(20) < 0.25
+    y[:2] = [True, False]
+    probe = LogisticProbe(C=(1e-5, 60.0, 400.0, 2e4)).fit(X, y[:, None].astype(int), kind="multilabel")
+    for number in range(4):
+        assert excess(probe, number, X, y.astype(int), 0) < 1e-6
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("certain", [False, True])
+def test_hessian_equals_automatic_differentiation(num_classes: int, dtype: torch.dtype, certain: bool) -> None:
+    """Also where every row is certain: a probability of almost one must not lose its distance from it."""
+    random = torch.Generator().manual_seed(0)
+    design = torch.randn(50, 4, generator=random, dtype=torch.float64)
+    design[:, -1] = 1
+    y = torch.arange(50) % num_classes
+    weights = torch.rand(50, generator=random, dtype=torch.float64)
+    C = torch.tensor([0.1, 1e9], dtype=torch.float64)
+    W = torch.randn(1 if num_classes == 2 else num_classes, 4, generator=random, dtype=torch.float64)
+    W[0, -1] += 22 * certain
+    with worker_threads() as workers:
+        rows = Rows(design, workers)
+        problems: Objective = SoftmaxProblems(rows, y, weights, C, num_classes)
+        if num_classes == 2:
+            problems = BinaryProblems(rows, y[None].double(), weights[None], C)
+        found = hessian(problems, W.to(dtype), 1)
+
+    def loss(flat: torch.Tensor) -> torch.Tensor:
+        logits = design @ flat.view_as(W).T
+        logits = torch.cat([torch.zeros_like(logits), logits], 1) if num_classes == 2 else logits
+        terms = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+        return (weights * terms).sum() / weights.sum()
+
+    size = W.numel()
+    expected: torch.Tensor = torch.autograd.functional.hessian(loss, W.flatten())  # type: ignore[no-untyped-call]
+    if num_classes > 2:  # the curvature lent to a common shift of the intercepts
+        expected[3::4, 3::4] += expected[3::4, 3::4].diagonal().mean()
+    expected += torch.diag(1 / (1e9 * weights.sum()) * torch.tensor([1, 1, 1, 0] * (size // 4)))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert (found.diagonal().max() < 1e-6) == certain
 
 
 @pytest.mark.parametrize("C", [1e5, (1e4, 1e5)])
