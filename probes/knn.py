@@ -187,19 +187,22 @@ def unit_rows(X: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
     Raises:
         TaskError: a row is not finite, or zero.
     """
-    check_finite(X)
     result = np.empty(X.shape, np.float32)
     for start in range(0, len(X), CHUNK):
         part = X[start : start + CHUNK].astype(np.float64)
-        # The largest value first: squares of float64 features can leave the range.
-        largest = np.abs(part).max(1, keepdims=True, initial=0)
-        if not largest.all():
-            row = start + int(largest[:, 0].argmin())
-            raise TaskError(
-                f"row {row} of the features is zero and has no direction; leave failed rows out with the mask"
-            )
-        part /= largest
-        result[start : start + CHUNK] = part / np.sqrt(np.square(part).sum(1, keepdims=True))
+        square = np.einsum("ij,ij->i", part, part)
+        odd = np.flatnonzero(~((square > 1e-200) & (square < 1e200)))
+        if len(odd):
+            check_finite(X)
+            largest = np.abs(part[odd]).max(1, initial=0)
+            if not largest.all():
+                row = start + int(odd[largest.argmin()])
+                raise TaskError(
+                    f"row {row} of the features is zero and has no direction; leave failed rows out with the mask"
+                )
+            part[odd] /= largest[:, None]  # squares had left the range of float64
+            square[odd] = np.square(part[odd]).sum(1)
+        np.multiply(part, (1 / np.sqrt(square))[:, None], out=result[start : start + CHUNK], casting="same_kind")
     return result
 
 
