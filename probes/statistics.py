@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Integer, UInt8
 
 from featstore.errors import ConfigError, TaskError
 from probes.checks import Kind
-from probes.metrics import METRICS, Decisions, Ranking, decide
+from probes.metrics import METRICS, Decisions, decide
+from probes.ranking import Ranking
 
 # Resamples per pass: 8 running sums over 20,000 rows stay in a core's cache.
 RESAMPLES_PER_PASS = 8
