@@ -162,7 +162,8 @@ class _Worker:
                             commits.take_back(self.plan.folder, group, arrays, batch.job.block, self.rows_per_block)
                         writer = BlockWriter(
                             self.plan.folder, group, arrays, batch.job.block, start, stop, self.rows_per_block
-                        ).__enter__()
+                        )
+                        writer.__enter__()
                     writer.append(self.embed(batch, arrays), batch.states)
                     self._count(batch, summary, allowed)
                     advance(len(batch.states), sum(state.reason is not None for state in batch.states))
