@@ -100,11 +100,16 @@ def sync_folder(folder: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents so that they survive a power cut; nothing happens if it exists."""
-    while not folder.is_dir():
+    for last_try in (False, False, False, True):
+        if folder.is_dir():
+            return
         make_folder(folder.parent)
-        with contextlib.suppress(FileNotFoundError):  # an empty parent can be swept in between
+        try:
             folder.mkdir(exist_ok=True)
             sync_folder(folder.parent)
+        except FileNotFoundError:  # an empty parent can be swept in between
+            if last_try:
+                raise
 
 
 @functools.cache

@@ -57,7 +57,7 @@ class KnnConfig:
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ConfigError(f"--temperature must be above 0, got {self.temperature}")
-        if any(value != int(value) for value in self.counts or ()):
+        if self.k is not None and any(value != int(value) for value in parse_numbers(self.k, "--k")):
             raise ConfigError(f"--k takes whole numbers, got {self.k!r}")
 
     @property

@@ -1,5 +1,6 @@
 """From sets and a task to records: fit, choose on validation, score the test split once, keep everything."""
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -121,9 +122,7 @@ def complete_sets(store: Store, config: EvalConfig) -> list[FeatureSet]:
         )
         if not complete or config.model:
             raise IncompleteError(text)
-        import warnings
-
-        warnings.warn(text, stacklevel=2)
+        logging.getLogger(__name__).warning(text)
     return complete
 
 
@@ -140,7 +139,7 @@ def choose_features(features_set: FeatureSet, asked: str | None) -> list[str]:
     if asked is not None:
         return [asked]
     return [name for name in DEFAULT_FEATURES if all(part in features_set.arrays for part in name.split("+"))] or [
-        features_set.arrays[0]
+        "cls"
     ]
 
 

@@ -122,20 +122,22 @@ def fit_linear(task: Task, features: str, config: LinearConfig) -> Fitted:
     X, y, mask, _ = parts["val"]
     per_C = probabilities_per_C(task, head, X)
     index, pooled, edge = choose_C(task, per_C, y, mask)
-    val = head.probabilities(X, index)
+    choices = describe(task, head, index, pooled, edge)
     return Fitted(
-        val,
+        head.probabilities(X, index),
         head.probabilities(parts["test"][0], index),
-        describe(task, head, index, pooled, edge),
+        choices,
         head.coef_[0].size + head.coef_.shape[2],
+        flags(choices),
     )
 
 
 def _fit_refit(task: Task, parts: dict[str, Any], config: LinearConfig, grid: tuple[float, ...]) -> Fitted:
     """Choose by scores of group-wise folds over train and val, then fit on both."""
-    # Out-of-fold scores stand in for validation, so these rows are read under the evaluation policy there.
-    X, y, mask, groups = (np.concatenate([parts["train"][i], parts["val"][i]]) for i in range(4))
+    # Fitted under the training policy; out-of-fold scores stand in for validation and are read under the other.
+    X, groups = (np.concatenate([parts["train"][i], parts["val"][i]]) for i in (0, 3))
     rows = np.concatenate([task.index("train"), task.index("val")])
+    y, mask = task.y_train[rows], task.mask_train[rows]
     y_eval, mask_eval = task.y[rows], task.mask[rows]
     per_C = np.full((len(grid), len(X), len(task.labels)), np.nan)
     for held in folds(groups):
@@ -153,7 +155,10 @@ def _fit_refit(task: Task, parts: dict[str, Any], config: LinearConfig, grid: tu
         head.probabilities(parts["test"][0], index),
         choices,
         head.coef_[0].size + head.coef_.shape[2],
-        (f"refit on train and val; chosen by {NUM_FOLDS} group-wise folds; val shows their out-of-fold scores",),
+        (
+            f"refit on train and val; chosen by {NUM_FOLDS} group-wise folds; val shows their out-of-fold scores",
+            *flags(choices),
+        ),
         metrics,
     )
 
@@ -203,6 +208,18 @@ def choose_C(
         positives = ((y == 1) & mask).sum(0)
     choice = choose(quality, positives, min_positives=MIN_POSITIVES)
     return choice.index, choice.pooled, choice.edge
+
+
+def flags(choices: dict[str, Any]) -> tuple[str, ...]:
+    """What a reader must know of the choices: labels too rare to choose by, problems short of their optimum."""
+    pooled = [name for name, value in choices["pooled"].items() if value]
+    short = [name for name, value in choices["converged"].items() if not value]
+    notes = []
+    if pooled:
+        notes.append(f"C pooled over labels for {', '.join(pooled)}: fewer than {MIN_POSITIVES} positives to choose by")
+    if short:
+        notes.append(f"not converged: {', '.join(short)}")
+    return tuple(notes)
 
 
 def describe(

@@ -63,8 +63,8 @@ def resample(
 ) -> Resamples:
     """All metrics of `probes.metrics.evaluate` on resampled groups; equal to evaluating the repeated rows.
 
-    Without `groups` every row is its own. Groups without a valid row are not drawn. Macro values of a resample are
-    means over the labels that have both classes in it.
+    Without `groups` every row is its own. Groups without a valid row are not drawn. Macro values are means over
+    the labels that have both classes in the data; they are NaN in a resample that lacks one of these.
 
     Raises:
         TaskError: arrays that do not fit together. ConfigError: fewer than one resample, an unknown kind.
@@ -82,9 +82,12 @@ def resample(
     auroc, auprc = _ranking_metrics(decisions, rows, counts)
     per_label |= {"auroc": auroc, "auprc": auprc}
     defined = ~np.isnan(auroc)
+    # One set of labels for all resamples, or the macro would jump whenever a rare label drops out.
+    everywhere = np.array([0 < column.sum() < rows.sum() for column, rows in zip(decisions.y.T, decisions.valid.T)])
     for name in METRICS:
         if name not in macro:
-            macro[name] = _mean_where(per_label[name], defined)
+            means = _mean_where(per_label[name][:, everywhere], defined[:, everywhere])
+            macro[name] = np.where(defined[:, everywhere].all(1), means, np.nan)
     return Resamples(per_label, macro, decisions.labels, len(ids))
 
 

@@ -227,7 +227,13 @@ class Task:
         cache = self.__dict__.setdefault("_loaded", {})
         if features not in cache:
             cache.clear()  # one feature matrix at a time is enough
-            cache[features] = self.features.load(features)
+            values = self.features.load(features)
+            if values.ndim != 2:
+                raise TaskError(
+                    f"features {features!r} are {values.shape[1:]} a sample; a probe takes vectors: cls, mean_patch, "
+                    "cls+mean_patch, mean_all or layers/K/cls"
+                )
+            cache[features] = values
         loaded: np.ndarray = cache[features]
         return loaded
 
@@ -347,7 +353,7 @@ def assign_roles(
     has_test, has_val = (split == "test").any(), (split == "val").any()
     if not has_test:
         role[role == "val"] = "test"
-        notes.append("test: the official validation split")
+        notes.append("test: the validation split, as there is no test split")
     elif spec.selection == "carve":
         role[role == "val"] = ""
     if not has_test or not has_val or spec.selection == "carve":

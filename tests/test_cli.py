@@ -178,6 +178,7 @@ WRONG = [
     (("probes", "linear", "--dataset", "pics", "--labels", "first,kind"), r"must be 0, 1, -1 or blank"),
     (("probes", "knn", "--dataset", "pics", "--k", "4000"), r"k=4000 neighbours asked of a bank with 40 rows"),
     (("probes", "knn", "--dataset", "pics", "--where", "kind=a"), r"no label has both classes in train"),
+    (("probes", "knn", "--dataset", "pics", "--k", "2.5"), r"--k takes whole numbers, got '2.5'"),
     (("probes", "linear", "--dataset", "pics", "--C", "-1"), r"--C takes positive numbers"),
     (("probes", "knn", "--dataset", "pics", "--features", "patches"), r"has no 'patches'; it has cls, mean_patch"),
 ]

@@ -334,6 +334,32 @@ def test_compute_dtype_stays_with_the_set(pictures: Path, store_path: Path, monk
     assert fresh.spec["identity"]["compute_dtype"] == "bfloat16"
 
 
+def test_sets_of_other_names_do_not_decide_the_compute_dtype(pictures: Path, store_path: Path) -> None:
+    run(store_path, SetConfig(model="tiny", res="42", compute_dtype="bfloat16", name="half"))
+    for name in ("one", "two"):
+        run(store_path, SetConfig(model="tiny", res="42", name=name))
+    for name in (None, "one"):
+        plan = make_plan(Store(store_path), "pics", SetConfig(model="tiny", res="42", name=name), RUN)
+        assert plan.spec["identity"]["compute_dtype"] == "float32"
+
+
+def test_failures_count_once_and_retry_keeps_what_stands(pictures: Path, store_path: Path) -> None:
+    (pictures / "images/00020.png").write_bytes(b"broken")
+    register(store_path, "pics", pictures, CONFIG)
+    run(store_path)
+    run(store_path, SetConfig(model="tiny", res="42", tokens="patches"))
+    names = [f"images/{number:05d}.png" for number in range(50)] + write_pictures(pictures, 4, start=50)
+    (pictures / names[-1]).write_bytes(b"broken too")
+    write_table(pictures, names)
+    register(store_path, "pics", pictures, CONFIG)
+    both = SetConfig(model="tiny", res="42", tokens="cls,mean_patch,patches")
+    summary = run(store_path, both, RunConfig(batch_size=8, device="cpu", max_failed="25%"))
+    assert (summary.computed, summary.failed) == (4, 1)
+    with pytest.raises(FeatstoreError, match=r"more than --max-failed 0 allows"):
+        run(store_path, TINY, RunConfig(batch_size=8, device="cpu", retry_failed=True, max_failed="0"))
+    assert not Store(store_path)["pics", "tiny@42"].pending().any()
+
+
 def test_identity_ignores_how_and_sees_what(pictures: Path, store_path: Path) -> None:
     def fingerprint(config: SetConfig, settings: RunConfig = RUN) -> str:
         return str(make_plan(Store(store_path), "pics", config, settings).spec["fingerprint"])

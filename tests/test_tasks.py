@@ -160,7 +160,7 @@ def test_without_a_test_split_the_validation_split_is_it_and_train_gives_a_tenth
     marks = carve([f"p{number}" for number in range(30)], fraction=0.1, seed=0)
     assert role[:30] == ["val" if mark else "train" for mark in marks]
     assert role.count("val") == 3
-    assert notes == ("test: the official validation split", "val: 10% of the training groups, seed 0")
+    assert notes == ("test: the validation split, as there is no test split", "val: 10% of the training groups, seed 0")
 
 
 def test_without_a_validation_split_train_gives_a_tenth() -> None:

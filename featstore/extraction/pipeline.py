@@ -58,6 +58,8 @@ def choose_device(asked: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if asked.startswith("cuda") and not torch.cuda.is_available():
         raise DeviceError(f"--device {asked}: this machine or this build of torch has no CUDA device; use --device cpu")
+    if ":" in asked and int(asked.partition(":")[2]) >= torch.cuda.device_count():
+        raise DeviceError(f"--device {asked}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
     return asked
 
 
@@ -120,6 +122,7 @@ class _Worker:
         size = plan.preprocess
         tokens = plan.source.architecture.num_tokens(size.height, size.width)
         self.batch_size = min(run.batch_size or default_batch_size(tokens, device), self.rows_per_block)
+        self.counted: set[int] = set()
         self.workers = run.workers or int(records.machine()["cores"] or 1)
 
     def groups(self) -> list[tuple[str, list[ArraySpec]]]:
@@ -151,15 +154,13 @@ class _Worker:
     ) -> None:
         """Extract and commit all missing blocks of one array group."""
         jobs, ranges = self.jobs(group)
-        allowed = parse_share(self.run.max_failed) * sum(len(job.rows) for job in jobs)
+        allowed = parse_share(self.run.max_failed) * len({row for job in jobs for row in job.rows} - {GONE})
         writer: BlockWriter | None = None
         with Loader(self.plan.manifest, self.plan.preprocess, jobs, workers=self.workers) as loader:
             try:
                 for batch in loader:
                     if writer is None or writer.block != batch.job.block:
                         start, stop = ranges[batch.job.block]
-                        if self.run.retry_failed:
-                            commits.take_back(self.plan.folder, group, arrays, batch.job.block, self.rows_per_block)
                         writer = BlockWriter(
                             self.plan.folder, group, arrays, batch.job.block, start, stop, self.rows_per_block
                         )
@@ -168,6 +169,8 @@ class _Worker:
                     self._count(batch, summary, allowed)
                     advance(len(batch.states), sum(state.reason is not None for state in batch.states))
                     if writer.done:
+                        if self.run.retry_failed:  # only now that the new rows are there
+                            commits.take_back(self.plan.folder, group, arrays, writer.block, self.rows_per_block)
                         writer.commit()
                         writer.__exit__()
                         writer = None
@@ -177,8 +180,12 @@ class _Worker:
                     writer.__exit__()
 
     def _count(self, batch: Batch, summary: Summary, allowed: float) -> None:
-        summary.computed += len(batch.states)
-        for state in batch.states:
+        # An image counts once, however many array groups it is read for; a sample that left the data set does not.
+        for row, state in zip(batch.job.rows, batch.states):
+            if row == GONE or row in self.counted:
+                continue
+            self.counted.add(row)
+            summary.computed += 1
             if state.reason is not None:
                 summary.failed += 1
                 summary.reasons[state.reason] = summary.reasons.get(state.reason, 0) + 1
@@ -225,7 +232,7 @@ class _Worker:
             for block in dict.fromkeys(blocks[:1] + blocks[-1:]):
                 commit = commits.read_commit(self.plan.folder, group, block)
                 good = [row for row in range(commit.start, commit.stop) if row not in commit.failed and row in position]
-                rows += good[:1]
+                rows += good[: 1 if len(blocks) > 1 else 2]
             if not rows:
                 continue
             job = Job(-1, tuple(position[row] for row in rows))

@@ -127,22 +127,29 @@ def cuda_driver() -> bool:
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version"))
 
 
-def resolve_compute_dtype(store: Store, dataset: str, identity: dict[str, Any], asked: str, device: str) -> str:
-    """Precision belongs to the set: an existing set keeps its own, a new one takes what the device does best."""
+def resolve_compute_dtype(
+    store: Store, name: tuple[str, str, str], identity: dict[str, Any], *, asked: str, device: str
+) -> str:
+    """Precision belongs to the set: an existing set keeps its own, a new one takes what the device does best.
+
+    `name` is (data set, model, resolution): a set of another name says nothing about this one.
+    """
     if asked != "auto":
         return asked
-    held = []
-    for entry in store.entries(dataset):
+    held = set()
+    for entry in store.entries(name[0]):
+        if (entry.spec["model"], entry.spec["resolution"]) != name[1:]:
+            continue
         other = dict(entry.spec["identity"])
         dtype = other.pop("compute_dtype", None)
         if dtype is not None and other == {**identity, "schema": entry.spec["schema"]}:
-            held.append(str(dtype))
+            held.add(str(dtype))
     if len(held) > 1:
         raise ConfigError(
-            f"there are sets of {dataset!r} in {' and '.join(sorted(held))}; say which to go on with by --compute-dtype"
+            f"there are sets of {name[0]!r} in {' and '.join(sorted(held))}; say which to go on with by --compute-dtype"
         )
     if held:
-        return held[0]
+        return held.pop()
     if device == "cpu" or not cuda_driver():
         return "float32"
     import torch
@@ -179,7 +186,13 @@ def make_plan(
         "stored_dtype": config.dtype,
         "reductions": {},
     }
-    identity["compute_dtype"] = resolve_compute_dtype(store, dataset, identity, config.compute_dtype, run.device)
+    identity["compute_dtype"] = resolve_compute_dtype(
+        store,
+        (dataset, config.name or source.name, resolution),
+        identity,
+        asked=config.compute_dtype,
+        device=run.device,
+    )
     tokens = source.architecture.num_tokens(*pixels) + 1  # all final tokens and the mean
     per_row = tokens * source.architecture.embed_dim * arrays[0].row_bytes // max(1, int(np.prod(arrays[0].row_shape)))
     spec = make_spec(
