@@ -433,6 +433,17 @@ def test_nothing_registered(store_path: Path) -> None:
         registered_datasets(Store(store_path), None)
 
 
+def test_data_sets_without_files_are_left_out(pictures: Path, store_path: Path, tmp_path: Path) -> None:
+    from featstore.extraction.plan import registered_datasets
+    from featstore.store.importer import import_features
+
+    np.savez(tmp_path / "given.npz", features=np.ones((9, 4), np.float32), ids=np.array([f"i{n}" for n in range(9)]))
+    import_features(store_path, tmp_path / "given.npz", dataset="given", model="m")
+    assert registered_datasets(Store(store_path), None) == ["pics"]
+    with pytest.raises(ConfigError, match=r"data set 'given' has no image files \(imported features only\)"):
+        registered_datasets(Store(store_path), "given")
+
+
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == "cpu"

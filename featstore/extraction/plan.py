@@ -10,7 +10,6 @@ from jaxtyping import Int64
 
 from featstore.backbones import BackboneSource, describe
 from featstore.configs import RunConfig, SetConfig, parse_layers, parse_tokens
-from featstore.datasets import manifest as manifests
 from featstore.datasets.manifest import Manifest
 from featstore.errors import ConfigError, IncompleteError
 from featstore.images import PreprocessSpec, fit_size, parse_resolution
@@ -283,6 +282,11 @@ def committed_contents(folder: Path) -> dict[int, str]:
     return found
 
 
+def has_files(manifest: Manifest) -> bool:
+    """Whether any sample had a file at registration; a data set made from imported features has none."""
+    return int(manifest.meta.get("missing", 0)) < len(manifest)
+
+
 def registered_datasets(store: Store, dataset: str | None) -> list[str]:
     """The data set asked for, or every registered one.
 
@@ -290,9 +294,12 @@ def registered_datasets(store: Store, dataset: str | None) -> list[str]:
         ConfigError: none is registered.
     """
     if dataset is not None:
-        manifests.load(store.datasets_folder, dataset)
+        if not has_files(store.manifest(dataset)):
+            raise ConfigError(
+                f"data set {dataset!r} has no image files (imported features only); register its images first"
+            )
         return [dataset]
-    names = store.datasets()
+    names = [name for name in store.datasets() if has_files(store.manifest(name))]
     if not names:
         raise ConfigError(
             f"no data set is registered in {store.path}; start with `featstore register chexpert /data/CheXpert-v1.0` "
