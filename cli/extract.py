@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from featstore.extraction.plan import Plan
 
 StoreOption = Annotated[
-    Path | None, typer.Option("--store", help="store folder; default: FEATSTORE_HOME, else the user cache")
+    str | None,
+    typer.Option("--store", help="store: a folder or s3://BUCKET/PREFIX; default: FEATSTORE_HOME, else the user cache"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 

@@ -52,7 +52,7 @@ def stop(message: str, code: int) -> NoReturn:
 
 
 def _store_app() -> typer.Typer:
-    from cli import demo, extract, operations
+    from cli import demo, doctor, exchange, extract, formats, maintenance, operations
 
     app = typer.Typer(
         name="featstore",
@@ -72,7 +72,7 @@ def _store_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for module in (extract, operations, demo):
+    for module in (extract, operations, maintenance, exchange, formats, doctor, demo):
         for name, command in module.COMMANDS.items():
             app.command(name, no_args_is_help=name in ("register", "extract", "import"))(guarded(command))
     return app

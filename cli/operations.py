@@ -1,19 +1,18 @@
-"""`featstore ls, info, verify, rm, import, explain, models, datasets`."""
+"""`featstore ls, info, models, datasets`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import show
 from cli.extract import JsonOption, StoreOption, describe_manifest
-from featstore.errors import CorruptError, UnknownNameError
+from featstore.errors import UnknownNameError
 
 if TYPE_CHECKING:
     from featstore.store.catalog import Store
 
 
-def _open(store: Path | None) -> "Store":
+def open_home(store: str | None) -> "Store":
     # Deferred: --help needs neither numpy nor the store.
     from featstore.store.catalog import open_store
 
@@ -27,7 +26,7 @@ def ls(
     json: JsonOption = False,
 ) -> None:
     """List data sets and the sets of embeddings that stand in the store."""
-    home = _open(store)
+    home = open_home(store)
     datasets = [describe_manifest(home.manifest(name)) for name in home.datasets() if dataset in (None, name)]
     rows = [row for row in home.summaries() if dataset is None or row["set"].startswith(f"{dataset}/")]
     if json:
@@ -92,7 +91,7 @@ def info(
     """Everything about one set or data set: identity, counts, failures, runs."""
     import json as jsonlib
 
-    home = _open(store)
+    home = open_home(store)
     if "/" not in name:
         facts = describe_manifest(home.manifest(name))
         facts["columns"] = home.manifest(name).table.column_names
@@ -113,7 +112,7 @@ def info(
         return
     failures = facts.pop("failures", {})
     runs = facts.pop("runs", [])
-    _print_facts(facts)
+    print_facts(facts)
     if failures:
         shown = list(failures.items()) if failed else list(failures.items())[:5]
         print(f"failures: {len(failures)}" + ("" if failed or len(failures) <= 5 else " (all with --failed)"))
@@ -127,138 +126,15 @@ def info(
         )
 
 
-def _print_facts(facts: dict[str, Any], indent: str = "") -> None:
+def print_facts(facts: dict[str, Any], indent: str = "") -> None:
     for key, value in facts.items():
         if isinstance(value, dict) and value:
             print(f"{indent}{key}:")
-            _print_facts(value, indent + "  ")
+            print_facts(value, indent + "  ")
         elif isinstance(value, list):
             print(f"{indent}{key}: {', '.join(map(str, value))}")
         elif value not in (None, ""):
             print(f"{indent}{key}: {show.size(value) if key == 'bytes' else value}")
-
-
-def verify(
-    name: Annotated[str | None, typer.Argument(help="DATASET/MODEL@RES; default: every set")] = None,
-    *,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="read every byte: chunk checksums, NaN rows, manifest digests")
-    ] = False,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="take back the commits of damaged blocks, so that extract redoes them")
-    ] = False,
-    store: StoreOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Check that every committed byte is what its commit says. Exit code 2 if anything is wrong."""
-    from featstore.store.verify import repair_set, verify_set
-
-    home = _open(store)
-    entries = [home.entry(name)] if name else home.entries()
-    verdicts = []
-    mended = 0
-    for entry in entries:
-        verdict = verify_set(home, entry, deep=deep)
-        verdicts.append(verdict)
-        if not json:
-            state = "ok" if verdict.ok else f"{len(verdict.problems)} PROBLEMS"
-            print(
-                f"{entry.full_name}: {state} ({verdict.num_blocks} blocks, {show.size(verdict.num_bytes)} checked"
-                f"{', deep' if deep else ''})"
-            )
-            for problem in verdict.problems:
-                print(f"  {problem.place}: {problem.what}")
-        if repair and not verdict.ok:
-            mended += repair_set(entry, verdict)
-    if json:
-        show.emit_json(
-            [
-                {
-                    "set": verdict.name,
-                    "blocks": verdict.num_blocks,
-                    "bytes": verdict.num_bytes,
-                    "problems": [{"place": item.place, "what": item.what} for item in verdict.problems],
-                }
-                for verdict in verdicts
-            ]
-        )
-    if mended:
-        show.say(f"{mended} blocks taken back; run the same `featstore extract` again")
-    bad = sum(not verdict.ok for verdict in verdicts)
-    if bad and not mended:
-        raise CorruptError(
-            f"{bad} of {len(verdicts)} sets have problems; --repair makes the next extract redo damaged blocks"
-        )
-
-
-def rm(
-    name: Annotated[str, typer.Argument(help="DATASET/MODEL@RES, or a data set without sets")],
-    *,
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
-    store: StoreOption = None,
-) -> None:
-    """Remove one set of embeddings, or forget a data set. Images are never touched."""
-    home = _open(store)
-    what = home.entry(name).full_name if "/" in name else name
-    if not yes:
-        typer.confirm(f"remove {what} from {home.path}?", abort=True)
-    folder = home.remove(name) if "/" in name else home.remove_dataset(name)
-    print(f"removed {folder}")
-
-
-def import_(
-    file: Annotated[Path, typer.Argument(help=".npz with a features array (N, D) and an array of ids or paths")],
-    *,
-    dataset: Annotated[str, typer.Option("--dataset", help="data set; registered from the file if it is not yet")],
-    name: Annotated[str, typer.Option("--name", help="model part of the set's name")],
-    features_key: Annotated[str, typer.Option("--features-key", help="array of the features")] = "features",
-    ids_key: Annotated[
-        str | None, typer.Option("--ids-key", help="array of the ids; default: id, ids, path or paths")
-    ] = None,
-    store: StoreOption = None,
-) -> None:
-    """Bring in embeddings made elsewhere, as the array `cls` of a set of their own."""
-    from featstore.store.importer import import_features
-    from featstore.store.layout import store_path
-
-    home, folder, count = import_features(
-        store_path(store), file, dataset=dataset, model=name, features_key=features_key, ids_key=ids_key
-    )
-    print(f"store {home.path}")
-    print(f"{dataset}/{name}: {count} rows imported into {folder.name}")
-
-
-def explain(
-    first: Annotated[str, typer.Argument(help="DATASET/MODEL@RES")],
-    second: Annotated[
-        str | None, typer.Argument(help="another set; without it the identity of the first is shown")
-    ] = None,
-    *,
-    store: StoreOption = None,
-    json: JsonOption = False,
-) -> None:
-    """What two sets differ in, field by field; or what makes up the identity of one."""
-    from featstore.store.layout import differences
-
-    home = _open(store)
-    a = home.entry(first)
-    if second is None:
-        if json:
-            show.emit_json(a.spec)
-        else:
-            print(f"{a.full_name}: fingerprint {a.spec['fingerprint']} is the digest of")
-            _print_facts(a.spec["identity"], "  ")
-        return
-    b = home.entry(second)
-    found = differences(a.spec["identity"], b.spec["identity"])
-    if json:
-        show.emit_json([{"field": key, "first": left, "second": right} for key, left, right in found])
-    elif not found:
-        print(f"{a.full_name} and {b.full_name} have the same identity")
-    else:
-        show.table(
-            "", ["field", a.full_name, b.full_name], [[key, str(left), str(right)] for key, left, right in found]
-        )
 
 
 def list_models() -> list[dict[str, Any]]:
@@ -332,13 +208,4 @@ def datasets(
         show.table("", ["family", "what"], [[key, text.splitlines()[0]] for key, text in texts.items()])
 
 
-COMMANDS = {
-    "ls": ls,
-    "info": info,
-    "verify": verify,
-    "rm": rm,
-    "import": import_,
-    "explain": explain,
-    "models": models,
-    "datasets": datasets,
-}
+COMMANDS = {"ls": ls, "info": info, "models": models, "datasets": datasets}

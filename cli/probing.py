@@ -50,7 +50,7 @@ def linear(
     _evaluate("linear", config, head, extract=extract, store=store, json=json)
 
 
-def _evaluate(probe: str, config: EvalConfig, head: Any, *, extract: bool, store: Path | None, json: bool) -> None:
+def _evaluate(probe: str, config: EvalConfig, head: Any, *, extract: bool, store: str | None, json: bool) -> None:
     from featstore.store.catalog import Store
     from featstore.store.layout import store_path
     from probes.evaluation import evaluate_sets

@@ -7,16 +7,24 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from featstore.errors import CorruptError, FeatstoreError, StoreError
+from featstore.objects import Place
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 T = TypeVar("T")
 
+# What file systems without hard links answer.
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+MODE = "mode.json"  # in the root of a store that needs another way
 # Errors of a shared file system that pass by themselves (NFS stale handle, interrupted call, timeout, flaky disk).
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET}
 
@@ -37,7 +45,7 @@ def sealed(value: dict[str, Any]) -> bytes:
     return json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def unseal(data: bytes, path: Path) -> dict[str, Any]:
+def unseal(data: bytes, path: Place) -> dict[str, Any]:
     """Parse what `sealed` wrote.
 
     Raises:
@@ -56,6 +64,17 @@ def unseal(data: bytes, path: Path) -> dict[str, Any]:
     return dict(value)
 
 
+def read_parquet(data: bytes, columns: list[str] | None = None) -> "pa.Table":
+    """The table in the bytes of a parquet file, page checksums verified.
+
+    Not by `pq.read_table`, whose reading ahead in a buffer can abort the process at its exit (pyarrow 26).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(columns=columns)
+
+
 def retry(call: Callable[[], T], *, tries: int = 4, pause: float = 0.2) -> T:
     """Repeat a call that met a transient I/O error, three times by default, then let the error pass."""
     for attempt in range(tries):
@@ -69,7 +88,7 @@ def retry(call: Callable[[], T], *, tries: int = 4, pause: float = 0.2) -> T:
 
 
 @contextlib.contextmanager
-def writing(place: Path) -> Iterator[None]:
+def writing(place: Place) -> Iterator[None]:
     """Turn what the system says about a failed write into a StoreError that names the place.
 
     Raises:
@@ -86,7 +105,7 @@ def writing(place: Path) -> Iterator[None]:
         ) from error
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: Place) -> None:
     """Make names created in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -98,7 +117,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Place) -> None:
     """Create a folder and its parents so that they survive a power cut; nothing happens if it exists."""
     for last_try in (False, False, False, True):
         if folder.is_dir():
@@ -142,7 +161,7 @@ def is_dead(name: str) -> bool:
     return state in "ZX"  # ended, its parent has not noticed
 
 
-def _write_beside(path: Path, data: bytes) -> Path:
+def _write_beside(path: Place, data: bytes) -> Place:
     make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{own_name()}.partial")
     try:
@@ -156,7 +175,7 @@ def _write_beside(path: Path, data: bytes) -> Path:
     return temporary
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Place, data: bytes) -> None:
     """Write a file or replace it whole; a reader sees the old bytes or the new ones.
 
     Raises:
@@ -172,7 +191,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
-def link_kept(source: Path, final: Path) -> bool:
+def link_kept(source: Place, final: Place) -> bool:
     """Give a finished file a second name unless that name is taken; the first name stays.
 
     Returns:
@@ -188,17 +207,91 @@ def link_kept(source: Path, final: Path) -> bool:
     except FileExistsError:
         published = False
     except OSError as error:
-        if error.errno in {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}:
-            raise StoreError(
-                f"{final.parent}: no hard links can be made here ({error.strerror}), which commits need; "
-                "put the whole store on one local disk or POSIX file system (--store)"
-            ) from error
-        raise
+        if error.errno not in NO_LINKS:
+            raise
+        published = _publish_copy(source, final, error)
     sync_folder(final.parent)
     return published
 
 
-def create_exclusive(path: Path, data: bytes) -> bool:
+def replace_kept(source: Place, final: Place) -> None:
+    """Put a finished file in the place of another one; the first name stays.
+
+    The name that is moved stands beside `source`: a process that stands still here until somebody has taken that
+    folder away finds nothing to move.
+    """
+    spare = source.with_name(f"{source.name}.{uuid.uuid4().hex}")
+    try:
+        os.link(source, spare)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        _copy_synced(source, spare)
+    os.replace(spare, final)
+    sync_folder(final.parent)
+
+
+def commit_mode(place: Place) -> str | None:
+    """How files are published in the store that holds `place`, as `featstore doctor` settled it; None if it did not.
+
+    `rename`: a copy is renamed where no file is replaced. `single`: a copy is renamed, and one writer holds the store.
+    """
+    for folder in [place, *place.parents]:
+        mode = folder / MODE
+        if mode.is_file():
+            return str(unseal(mode.read_bytes(), mode)["mode"])
+    return None
+
+
+def _publish_copy(source: Path, final: Path, error: OSError) -> bool:
+    """`link_kept` where there are no hard links."""
+    mode = commit_mode(final.parent)
+    if mode is None:
+        raise StoreError(
+            f"{final.parent}: no hard links can be made here ({error.strerror}), which commits need; run `featstore "
+            "doctor STORE`, which finds another safe way or says that there is none, or put the store on a local disk"
+        ) from error
+    if final.exists():
+        return False
+    copy = final.with_name(f"{final.name}.{own_name()}.partial")
+    try:
+        _copy_synced(source, copy)
+        if mode == "rename":
+            return rename_new(copy, final)
+        os.rename(copy, final)
+        return True
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _copy_synced(source: Path, target: Path) -> None:
+    with open(source, "rb") as held, open(target, "xb") as file:
+        shutil.copyfileobj(held, file, 2**20)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rename_new(source: Path, final: Path) -> bool:
+    """Rename unless the new name is taken; False if it is (Linux's renameat2 with RENAME_NOREPLACE).
+
+    Raises:
+        OSError: EINVAL or ENOSYS where the file system or the system cannot do it.
+    """
+    import ctypes
+
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(final))
+    here, no_replace = -100, 1  # AT_FDCWD, RENAME_NOREPLACE
+    if call(here, os.fsencode(source), here, os.fsencode(final), no_replace) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number == errno.EEXIST:
+        return False
+    raise OSError(number, os.strerror(number), str(final))
+
+
+def create_exclusive(path: Place, data: bytes) -> bool:
     """Write a file that appears whole and only if nobody wrote it before; True if this call won.
 
     Raises:

@@ -6,12 +6,13 @@ from featstore.configs import RegisterConfig
 from featstore.datasets import GENERATED, choose_adapter, manifest, read_source
 from featstore.datasets.manifest import Manifest
 from featstore.errors import ConfigError, ManifestError, UnknownNameError
+from featstore.objects import Place
 from featstore.store.catalog import Store
 from featstore.store.layout import check_store
 
 
 def register(
-    store_path: Path, name: str, root: Path | None, config: RegisterConfig
+    store_path: Place, name: str, root: Path | None, config: RegisterConfig
 ) -> tuple[Manifest, Manifest | None]:
     """Register or re-register a data set; returns the new current manifest and the one before, if any.
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from featstore import files
 from featstore.errors import CorruptError, StoreError
+from featstore.objects import Place
 from featstore.records import machine, utc_now, versions
 from probes.tasks import Task
 
@@ -37,7 +38,7 @@ def float_or_nan(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-def save_record(folder: Path, record: dict[str, Any], predictions: dict[str, Any]) -> Path:
+def save_record(folder: Place, record: dict[str, Any], predictions: dict[str, Any]) -> Place:
     """Write a record and its predictions (`<utc>-<uuid>.json` and `.parquet`); returns the JSON file.
 
     The predictions come first, so that a record never lacks them.
@@ -69,7 +70,7 @@ def save_record(folder: Path, record: dict[str, Any], predictions: dict[str, Any
     return folder / f"{name}.json"
 
 
-def load_records(folder: Path, **equal: Any) -> list[dict[str, Any]]:
+def load_records(folder: Place, **equal: Any) -> list[dict[str, Any]]:
     """All records of a folder in order of time, those whose top-level fields equal the given ones.
 
     Raises:

@@ -347,7 +347,7 @@ def test_a_file_system_without_hard_links_is_told(tmp_path: Path, monkeypatch: p
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", link)
-    with pytest.raises(StoreError, match=r"no hard links can be made here .*; put the whole store on one local disk"):
+    with pytest.raises(StoreError, match=r"no hard links can be made here .*; run `featstore doctor STORE`"):
         write_block(folder, GROUP, 0, 1)
     assert leftovers(folder) == []
 

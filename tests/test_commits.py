@@ -40,10 +40,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("step", [1, 3, 7, 16])
 @pytest.mark.parametrize("limit", [1, 48, 200, 10**9])
 def test_bytes_do_not_depend_on_how_rows_arrive(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, step: int, limit: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, limit: int
 ) -> None:
     monkeypatch.setattr(shards, "SHARD_LIMIT_BYTES", limit)
-    ledger.write_metadata(folder, make_spec_of(block_rows=16), ledger.read_ledger(folder))
+    folder = prepare(tmp_path / "limited", make_spec_of(block_rows=16), make_manifest(named(20)), [CLS, PATCHES])
     for block in (1, 0):
         assert write_block(folder, GROUP, block, 5, step=step)
         check_checksums(folder, [CLS, PATCHES], commits.read_commit(folder, GROUP, block))

@@ -152,7 +152,7 @@ def test_a_place_without_hard_links_is_told(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(
-        StoreError, match=r"no hard links can be made here \(.*\), which commits need; put the whole store"
+        StoreError, match=r"no hard links can be made here \(.*\), which commits need; run `featstore doctor STORE`"
     ):
         files.create_exclusive(tmp_path / "x", b"data")
     assert list(tmp_path.iterdir()) == []

@@ -80,7 +80,8 @@ def test_main_modules_only_call_the_command(package: str) -> None:
     ("module", "allowed"),
     [
         ("featstore.errors", set()),
-        ("featstore.files", {"featstore.errors"}),
+        ("featstore.objects", {"featstore.errors"}),
+        ("featstore.files", {"featstore.errors", "featstore.objects"}),
         ("featstore.records", {"featstore"}),
         ("featstore.configs", {"featstore.errors"}),
         ("featstore", {"featstore", "featstore.store.catalog", "featstore.store.features"}),

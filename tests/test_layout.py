@@ -38,10 +38,8 @@ def test_the_mark_is_written_once_and_checked(tmp_path: Path) -> None:
 
 
 def test_a_store_of_another_schema_is_refused_even_if_sealed_otherwise(tmp_path: Path) -> None:
-    (tmp_path / "store.json").write_text('{"schema": 2, "seal": "other"}')
-    message = (
-        "this store has schema 2, this version of featstore reads and writes schema 1; use the version that wrote it"
-    )
+    (tmp_path / "store.json").write_text('{"schema": 3, "seal": "other"}')
+    message = "this store has schema 3, this version of featstore reads schemas 1 to 2 and writes 2; use the version"
     with pytest.raises(SchemaError, match=message):
         layout.check_store(tmp_path)
     (tmp_path / "store.json").write_text("{}")
@@ -53,9 +51,7 @@ def test_a_set_of_another_schema_is_refused(tmp_path: Path) -> None:
     spec = {**make_spec_of(), "schema": 3}
     spec["identity"] = {**spec["identity"], "schema": 3}
     (tmp_path / "spec.json").write_bytes(files.sealed(spec))
-    with pytest.raises(
-        SchemaError, match=r"spec.json: this set has schema 3, this version of featstore reads and writes"
-    ):
+    with pytest.raises(SchemaError, match=r"spec.json: this set has schema 3, this version of featstore reads schemas"):
         layout.read_spec(tmp_path)
 
 

@@ -78,7 +78,7 @@ def test_plain_zarr_and_tensorstore_read_a_grown_set_with_its_gap(tmp_path: Path
     prepare(tmp_path, SPEC, make_manifest(named(25)), [CLS])
     write_missing(folder, 1, block_rows=16)
     group = zarr.open_group(folder / "data.zarr", mode="r")
-    assert group.attrs["featstore"] == {"schema": 1, "fingerprint": SPEC["fingerprint"]}
+    assert group.attrs["featstore"] == {"schema": 2, "fingerprint": SPEC["fingerprint"]}
     for array in (CLS, PATCHES, layers):
         wanted = values_of(array, 0, 37, 1).copy()
         wanted[20:32] = np.nan

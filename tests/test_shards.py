@@ -209,8 +209,8 @@ class TestSizes:
         chunk_rows = chunk_rows_for(row_bytes, shard_rows)
         assert block_rows % shard_rows == 0
         assert shard_rows % chunk_rows == 0
-        assert shard_rows == 1 or shard_rows * row_bytes <= 128 * 2**20
-        assert shard_rows == block_rows or 2 * shard_rows * row_bytes > 128 * 2**20
+        assert shard_rows == 1 or shard_rows * row_bytes <= 2**30
+        assert shard_rows == block_rows or 2 * shard_rows * row_bytes > 2**30
         for other in (chunk_rows // 2, chunk_rows * 2):
             if 1 <= other <= shard_rows:
                 target = math.log2(384 * 1024)

@@ -24,6 +24,7 @@ from jaxtyping import Int64
 from featstore import files
 from featstore.datasets.source import RESERVED, Source, check_inside
 from featstore.errors import ManifestError, UnknownNameError
+from featstore.objects import Place
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -247,7 +248,7 @@ def _toml(meta: dict[str, Any]) -> bytes:
     return text.replace("\x7f", "\\u007f").encode()
 
 
-def save(folder: Path, manifest: Manifest) -> None:
+def save(folder: Place, manifest: Manifest) -> None:
     """Write a manifest under `<store>/datasets` and make it the current one of its name."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -255,12 +256,23 @@ def save(folder: Path, manifest: Manifest) -> None:
     home = folder / manifest.name / manifest.short
     sink = pa.BufferOutputStream()
     pq.write_table(manifest.table, sink, compression="zstd", write_page_checksum=True)
-    files.write_atomic(home / "manifest.parquet", sink.getvalue().to_pybytes())
-    files.write_atomic(home / "source.toml", _toml({**manifest.meta, "digest": manifest.digest}))
+    data = sink.getvalue().to_pybytes()
+    files.write_atomic(home / "manifest.parquet", data)
+    meta = _toml({**manifest.meta, "digest": manifest.digest, "sha256": files.digest(data)})
+    files.write_atomic(home / "source.toml", meta + _toml({"seal": files.digest(meta)}))
     files.write_atomic(folder / manifest.name / "current", manifest.short.encode() + b"\n")
 
 
-def load(folder: Path, name: str, short: str | None = None) -> Manifest:
+def _read_source(path: Place) -> dict[str, Any]:
+    """`source.toml`, whose last line seals the others (not in stores of schema 1)."""
+    data = path.read_bytes()
+    head, mark, seal = data.rpartition(b'seal = "')
+    if mark and seal != f'{files.digest(head)}"\n'.encode():
+        raise ValueError("its content does not match its seal")
+    return tomllib.loads((head if mark else data).decode())
+
+
+def load(folder: Place, name: str, short: str | None = None) -> Manifest:
     """Read a manifest by data set name; `short` picks an older one by the start of its digest.
 
     Raises:
@@ -268,7 +280,6 @@ def load(folder: Path, name: str, short: str | None = None) -> Manifest:
         ManifestError: the files are damaged.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if not (folder / name / "current").is_file():
         known = ", ".join(names(folder)) or "none"
@@ -282,9 +293,11 @@ def load(folder: Path, name: str, short: str | None = None) -> Manifest:
     if len(matches) != 1:
         raise UnknownNameError(missing)
     try:
-        meta = tomllib.loads((matches[0] / "source.toml").read_text(encoding="utf-8"))
+        meta, data = _read_source(matches[0] / "source.toml"), (matches[0] / "manifest.parquet").read_bytes()
         digest = str(meta.pop("digest"))
-        table = pq.read_table(matches[0] / "manifest.parquet", partitioning=None, page_checksum_verification=True)
+        if meta.pop("sha256", None) not in (None, files.digest(data)):
+            raise ValueError("manifest.parquet holds other bytes than were written")
+        table = files.read_parquet(data)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise ManifestError(
             f"{matches[0]}: the manifest is damaged ({type(error).__name__}); register {name!r} again"
@@ -294,19 +307,18 @@ def load(folder: Path, name: str, short: str | None = None) -> Manifest:
     return Manifest(name=name, table=table, digest=digest, meta=meta)
 
 
-def earlier_ids(folder: Path, name: str) -> set[str]:
+def earlier_ids(folder: Place, name: str) -> set[str]:
     """Ids of all manifests of a data set, the current one among them; damaged ones are passed over."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     found: set[str] = set()
     for path in sorted((folder / name).glob("*/manifest.parquet")):
         with contextlib.suppress(pa.ArrowException, OSError):
-            found.update(pq.read_table(path, columns=["id"], partitioning=None).column("id").to_pylist())
+            found.update(files.read_parquet(path.read_bytes(), ["id"]).column("id").to_pylist())
     return found
 
 
-def names(folder: Path) -> list[str]:
+def names(folder: Place) -> list[str]:
     """Registered data sets in alphabetical order."""
     if not folder.is_dir():
         return []

@@ -14,6 +14,7 @@ from featstore.datasets.manifest import Manifest
 from featstore.errors import ConfigError, IncompleteError
 from featstore.images import PreprocessSpec, fit_size, parse_resolution
 from featstore.images.preprocess import hf_size
+from featstore.objects import Place
 from featstore.store import commits, ledger
 from featstore.store.catalog import Store
 from featstore.store.layout import ArraySpec, block_rows, make_spec, read_spec, set_folder, set_name
@@ -27,7 +28,7 @@ class Plan:
     source: BackboneSource
     preprocess: PreprocessSpec
     spec: dict[str, Any]
-    folder: Path
+    folder: Place
     arrays: list[ArraySpec]
     layers: tuple[int, ...]
     missing: dict[str, Int64[np.ndarray, " M"]]
@@ -228,7 +229,7 @@ def describe_backbone(store: Store, config: SetConfig) -> BackboneSource:
     )
 
 
-def existing_spec(folder: Path, spec: dict[str, Any], asked_block_rows: int | None) -> dict[str, Any]:
+def existing_spec(folder: Place, spec: dict[str, Any], asked_block_rows: int | None) -> dict[str, Any]:
     """The spec on disk where there is one: its block size stays.
 
     Raises:
@@ -246,7 +247,7 @@ def existing_spec(folder: Path, spec: dict[str, Any], asked_block_rows: int | No
 
 
 def missing_rows(
-    folder: Path, manifest: Manifest, arrays: list[ArraySpec], spec: dict[str, Any], *, retry_failed: bool
+    folder: Place, manifest: Manifest, arrays: list[ArraySpec], spec: dict[str, Any], *, retry_failed: bool
 ) -> dict[str, Int64[np.ndarray, " M"]]:
     """Manifest rows that each array lacks."""
     everything = np.arange(len(manifest))
@@ -271,7 +272,7 @@ def missing_rows(
     return missing
 
 
-def committed_contents(folder: Path) -> dict[int, str]:
+def committed_contents(folder: Place) -> dict[int, str]:
     """Content hash of every committed row of a set."""
     found: dict[int, str] = {}
     for group in ledger.read_ledger(folder).groups:

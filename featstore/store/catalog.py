@@ -5,12 +5,12 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from featstore.datasets import manifest as manifests
 from featstore.datasets.manifest import Manifest
 from featstore.errors import FeatstoreError, StoreError, UnknownNameError
+from featstore.objects import Place
 from featstore.store.features import FeatureSet
 from featstore.store.layout import check_store, differences, read_spec, set_name, store_path
 
@@ -19,7 +19,7 @@ from featstore.store.layout import check_store, differences, read_spec, set_name
 class Entry:
     """A set found on disk, not opened yet."""
 
-    folder: Path
+    folder: Place
     spec: dict[str, Any]
 
     @property
@@ -47,12 +47,12 @@ class Store:
     ```
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Place):
         self.path = path
         check_store(path)
 
     @property
-    def datasets_folder(self) -> Path:
+    def datasets_folder(self) -> Place:
         return self.path / "datasets"
 
     def datasets(self) -> list[str]:
@@ -76,7 +76,7 @@ class Store:
             found.append(item)
         return found
 
-    def _scan(self, dataset: str | None = None) -> Iterator[Entry | tuple[Path, StoreError]]:
+    def _scan(self, dataset: str | None = None) -> Iterator[Entry | tuple[Place, StoreError]]:
         """Sets in alphabetical order; (folder, why) for one whose spec cannot be read."""
         for path in sorted((self.path / "sets").glob("*/*/spec.json")):
             folder = path.parent
@@ -158,7 +158,7 @@ class Store:
                 rows.append({"set": item.name, "fingerprint": item.spec["fingerprint"], "error": str(error)})
         return rows
 
-    def remove(self, selector: str) -> Path:
+    def remove(self, selector: str) -> Place:
         """Delete one set; the data set and its images stay. Returns the folder that is gone."""
         folder = self.entry(selector).folder
         for left in folder.parent.glob(".removing-*"):  # by a removal that was killed
@@ -171,7 +171,7 @@ class Store:
             raise StoreError(f"{folder}: cannot remove ({error.strerror}); check its owner and access") from error
         return folder
 
-    def remove_dataset(self, dataset: str) -> Path:
+    def remove_dataset(self, dataset: str) -> Place:
         """Forget a registered data set; refused while sets of it exist.
 
         Raises:
@@ -210,6 +210,6 @@ def _matches(entry: Entry, model: str) -> bool:
     )
 
 
-def open_store(path: Path | str | None = None) -> Store:
+def open_store(path: Place | str | None = None) -> Store:
     """Open a store: the argument, else FEATSTORE_HOME, else the platform's user cache folder."""
-    return Store(store_path(Path(path) if path is not None else None))
+    return Store(store_path(path))

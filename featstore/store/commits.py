@@ -11,15 +11,14 @@ import contextlib
 import os
 import shutil
 import time
-import uuid
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool
 
 from featstore import files
 from featstore.errors import CorruptError, StoreError
+from featstore.objects import Place
 from featstore.store.layout import ArraySpec
 from featstore.store.ledger import Ledger
 from featstore.store.shards import ShardSummary, ShardWriter, read_summary, shard_key
@@ -55,15 +54,15 @@ class Commit:
         return self.contents[offset : offset + HASH_HEX]
 
 
-def group_folder(folder: Path, group: str) -> Path:
+def group_folder(folder: Place, group: str) -> Place:
     return folder / "commits" / group
 
 
-def marker_path(folder: Path, group: str, block: int) -> Path:
+def marker_path(folder: Place, group: str, block: int) -> Place:
     return group_folder(folder, group) / f"{block:08d}.json"
 
 
-def committed_blocks(folder: Path, group: str) -> set[int]:
+def committed_blocks(folder: Place, group: str) -> set[int]:
     """Blocks that have a marker, by one listing of a folder."""
     try:
         names = os.listdir(group_folder(folder, group))
@@ -72,7 +71,7 @@ def committed_blocks(folder: Path, group: str) -> set[int]:
     return {int(name[:8]) for name in names if len(name) == 13 and name.endswith(".json")}
 
 
-def read_commit(folder: Path, group: str, block: int) -> Commit:
+def read_commit(folder: Place, group: str, block: int) -> Commit:
     """Read and check one marker.
 
     Raises:
@@ -91,11 +90,11 @@ def read_commit(folder: Path, group: str, block: int) -> Commit:
     )
 
 
-def intent_path(folder: Path, group: str, block: int) -> Path:
+def intent_path(folder: Place, group: str, block: int) -> Place:
     return group_folder(folder, group) / f"{block:08d}.intent"
 
 
-def _decided(intent: Path) -> str:
+def _decided(intent: Place) -> str:
     """The attempt that an intent names."""
     return str(files.unseal(intent.read_bytes(), intent)["files"])
 
@@ -107,7 +106,7 @@ class BlockWriter:
     Use as a context manager: leaving it without a decision removes everything this attempt wrote.
     """
 
-    folder: Path
+    folder: Place
     group: str
     arrays: list[ArraySpec]
     block: int
@@ -147,7 +146,7 @@ class BlockWriter:
         return self._position == self.stop - self.start
 
     @property
-    def home(self) -> Path:
+    def home(self) -> Place:
         """Folder of this attempt's unpublished files."""
         return self.folder / "attempts" / self.attempt
 
@@ -209,10 +208,10 @@ class BlockWriter:
                 files.create_exclusive(intent, files.sealed({"files": self.attempt}))
                 if finish_block(self.folder, self.group, self.arrays, self.block, self.rows_per_block):
                     break
-            return marker.exists() and marker.stat().st_ino == own
+            return marker.exists() and marker.read_bytes() == own
 
-    def _write_marker(self) -> int:
-        """Put the marker beside the shards; returns its inode, which the published marker has if this attempt wins."""
+    def _write_marker(self) -> bytes:
+        """Put the marker beside the shards; the published marker holds these bytes if this attempt counts."""
         shards: dict[str, dict[str, list[int]]] = {array.name: {} for array in self.arrays}
         for (name, shard), summary in sorted(self._summaries.items()):
             shards[name][str(shard)] = [summary.size, summary.index_crc, summary.data_crc]
@@ -226,8 +225,9 @@ class BlockWriter:
             "failed": {str(self.start + i): state.reason for i, state in enumerate(self._states) if state.reason},
             "contents": "".join(state.content for state in self._states),
         }
-        files.write_atomic(self.home / MARKER, files.sealed(marker))
-        return (self.home / MARKER).stat().st_ino
+        data = files.sealed(marker)
+        files.write_atomic(self.home / MARKER, data)
+        return data
 
     def _check_present(self) -> None:
         """A decision for files that are not there could never be carried out."""
@@ -246,7 +246,7 @@ def attempt_file(array: str, shard: int) -> str:
     return f"{array.replace('/', '.')}.{shard}"
 
 
-def _retire(home: Path) -> None:
+def _retire(home: Place) -> None:
     """Take an attempt's folder away in one step, then empty it."""
     gone = home.with_name(f".gone-{files.own_name()}")
     with contextlib.suppress(FileNotFoundError):
@@ -254,7 +254,7 @@ def _retire(home: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def finish_block(folder: Path, group: str, arrays: list[ArraySpec], block: int, rows_per_block: int) -> bool:
+def finish_block(folder: Place, group: str, arrays: list[ArraySpec], block: int, rows_per_block: int) -> bool:
     """Publish what the block's intent names; True if the block is committed. Any process may do this.
 
     An intent that is damaged or whose files are gone is removed, and the block is simply not committed.
@@ -293,7 +293,9 @@ def finish_block(folder: Path, group: str, arrays: list[ArraySpec], block: int, 
     return marker.exists()
 
 
-def _publish(folder: Path, array: ArraySpec, shard: int, home: Path, checksums: list[int], rows_per_block: int) -> None:
+def _publish(
+    folder: Place, array: ArraySpec, shard: int, home: Place, checksums: list[int], rows_per_block: int
+) -> None:
     """Link one shard of the decided attempt under its zarr key and read it back."""
     shard_rows, chunk_rows = array.layout(rows_per_block)
     source = home / attempt_file(array.name, shard)
@@ -317,16 +319,12 @@ def _publish(folder: Path, array: ArraySpec, shard: int, home: Path, checksums: 
             what = f"is damaged ({error})"
         if last_try:
             break
-        # No marker names this file, so nobody counts on it. The second name stands in the attempt's folder, so that
-        # this process, should it stand still just here until the block is marked, finds no name to move.
-        spare = source.with_name(f"{source.name}.{uuid.uuid4().hex}")
-        os.link(source, spare)
-        os.replace(spare, final)
-        files.sync_folder(final.parent)
+        # No marker names this file, so nobody counts on it.
+        files.replace_kept(source, final)
     raise CorruptError(f"{final}: the shard just published {what}; not committed; check the disk, then run again")
 
 
-def finish_intents(folder: Path, ledger: Ledger, rows_per_block: int) -> int:
+def finish_intents(folder: Place, ledger: Ledger, rows_per_block: int) -> int:
     """Finish every block that was decided but not marked when its writer died; returns their number."""
     finished = 0
     with files.writing(folder):
@@ -337,7 +335,7 @@ def finish_intents(folder: Path, ledger: Ledger, rows_per_block: int) -> int:
     return finished
 
 
-def take_back(folder: Path, group: str, arrays: list[ArraySpec], block: int, rows_per_block: int) -> None:
+def take_back(folder: Place, group: str, arrays: list[ArraySpec], block: int, rows_per_block: int) -> None:
     """Undo one commit, so that the block is computed again.
 
     Its shards stay until the next commit replaces them: removing them here could hit those of a commit made meanwhile.
@@ -356,6 +354,9 @@ def check_finite(array: ArraySpec, values: np.ndarray, failed: Bool[np.ndarray, 
     Raises:
         StoreError: naming the first offending row and the stored type.
     """
+    if array.dtype == "int8":  # quantised from finite values: a failed row is zero, and the marker is its mask
+        assert not values[failed].any(), f"{array.name}: a failed row holds numbers"
+        return
     if array.dtype == "bfloat16":
         finite = (values.view(np.uint16) & 0x7F80) != 0x7F80  # an all-ones exponent is infinity or NaN
     else:
@@ -377,7 +378,7 @@ def check_finite(array: ArraySpec, values: np.ndarray, failed: Bool[np.ndarray, 
 _PARTIAL = ("", "ledger/", "rows/", "runs/", "commits/*/", "data.zarr/", "data.zarr/*/", "data.zarr/layers/*/*/")
 
 
-def sweep_attempts(folder: Path, *, older_than: float) -> int:
+def sweep_attempts(folder: Place, *, older_than: float) -> int:
     """Remove what killed writers left; returns the number of attempts.
 
     A writer counts as dead if it was a process of this machine and is gone, or if it has changed nothing for
@@ -406,7 +407,7 @@ def sweep_attempts(folder: Path, *, older_than: float) -> int:
     return removed
 
 
-def _age(*paths: Path) -> float:
+def _age(*paths: Place) -> float:
     """Seconds since the last change of any of these; minus infinity where one just went."""
     try:
         return time.time() - max(path.stat().st_mtime for path in paths)

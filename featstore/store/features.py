@@ -3,7 +3,6 @@
 import html
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from featstore.datasets.manifest import Manifest
 from featstore.errors import IncompleteError, UnknownNameError
+from featstore.objects import Place
 from featstore.store import commits, ledger
 from featstore.store.layout import read_spec, set_name
 from featstore.store.reader import ShardedArray, split_key
@@ -96,7 +96,7 @@ class FeatureSet:
         manifest: the samples, in order; row i of every array is sample i.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest):
+    def __init__(self, folder: Place, manifest: Manifest):
         self.folder = folder
         self.spec = read_spec(folder)
         self.manifest = manifest

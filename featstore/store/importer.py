@@ -13,6 +13,7 @@ from featstore.datasets.source import Source
 from featstore.datasets.splits import split_by_group
 from featstore.datasets.table import normal_splits, with_reserved
 from featstore.errors import ConfigError, ManifestError, UnknownNameError
+from featstore.objects import Place
 from featstore.store import commits, ledger
 from featstore.store.catalog import Store
 from featstore.store.commits import HASH_HEX, BlockWriter, RowState, committed_blocks
@@ -89,14 +90,14 @@ def pick_arrays(
 
 
 def import_features(
-    store_path: Path,
+    store_path: Place,
     file: Path,
     *,
     dataset: str,
     model: str,
     features_key: str = "features",
     ids_key: str | None = None,
-) -> tuple[Store, Path, int]:
+) -> tuple[Store, Place, int]:
     """Write the features of `file` as the array `cls` of the set `dataset/model`.
 
     Rows are matched to the data set's samples by id, or by path where the ids array is called `path`. A data set that
@@ -203,7 +204,7 @@ def _match(manifest: "Manifest", ids: list[str], *, by_path: bool, file: Path) -
 
 
 def _write(
-    folder: Path, spec: dict[str, Any], manifest: "Manifest", array: ArraySpec, features: np.ndarray, order: np.ndarray
+    folder: Place, spec: dict[str, Any], manifest: "Manifest", array: ArraySpec, features: np.ndarray, order: np.ndarray
 ) -> None:
     files.create_exclusive(folder / "spec.json", files.sealed(spec))
     spec = read_spec(folder)

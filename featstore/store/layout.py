@@ -5,7 +5,7 @@ Everything here follows from the spec alone: never from the number of rows, the 
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +13,54 @@ import numpy as np
 
 from featstore import files
 from featstore.errors import ConfigError, SchemaError, StoreError
+from featstore.objects import Place, parse_place
 from featstore.store.shards import chunk_rows_for, shard_rows_for
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)  # what stores of an older schema hold is read, never written
 HOME = "FEATSTORE_HOME"
 MIN_BLOCK, MAX_BLOCK = 256, 16384
 BLOCK_GFLOP, BLOCK_BYTES = 1e5, 4 * 2**30  # what a kill may cost: some minutes of a GPU, one transfer
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
+AXES = {"registers": ("row", "register", "dim"), "patches": ("row", "patch", "dim")}
 
 
-def store_path(explicit: Path | None = None) -> Path:
-    """The store's folder: the argument, else FEATSTORE_HOME, else the platform's user cache folder."""
-    if explicit is not None:
-        return explicit.expanduser().resolve()
-    if os.environ.get(HOME):
-        return Path(os.environ[HOME]).expanduser().resolve()
+def store_path(explicit: Place | str | None = None) -> Place:
+    """The store: the argument (a folder or `s3://BUCKET/PREFIX`), else FEATSTORE_HOME, else the user cache folder."""
+    chosen = explicit or os.environ.get(HOME)
+    if chosen:
+        return parse_place(chosen)
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("featstore"))
 
 
-def _check_schema(data: bytes, what: str) -> None:
+def _check_schema(data: bytes, what: str) -> int:
     """The schema is looked for before the file is parsed: a later one may be sealed in another way."""
     found = re.search(rb'"schema":\s*(\d+)', data)
-    if found and int(found[1]) != SCHEMA:
+    if found and int(found[1]) not in READABLE:
         raise SchemaError(
-            f"{what} has schema {int(found[1])}, this version of featstore reads and writes schema {SCHEMA}; "
-            "use the version that wrote it, or another --store"
+            f"{what} has schema {int(found[1])}, this version of featstore reads schemas {READABLE[0]} to {SCHEMA} and "
+            f"writes {SCHEMA}; use the version that wrote it, or another --store"
+        )
+    return int(found[1]) if found else SCHEMA
+
+
+def check_current(schema: int, what: str) -> None:
+    """Refuse to write into what an older version made.
+
+    Raises:
+        SchemaError: saying how to upgrade.
+    """
+    if schema != SCHEMA:
+        raise SchemaError(
+            f"{what} has schema {schema} and is open for reading only; `featstore upgrade` brings the store to schema "
+            f"{SCHEMA} (nothing is recomputed), or write to another --store"
         )
 
 
-def check_store(root: Path, *, create: bool = False) -> None:
-    """Refuse a folder that is another schema's store; `create` writes the mark of ours.
+def check_store(root: Place, *, create: bool = False) -> None:
+    """Refuse a folder that is another schema's store; `create` asks for one that can be written and marks it as ours.
 
     Raises:
         SchemaError: the store was written by another schema version.
@@ -52,12 +68,14 @@ def check_store(root: Path, *, create: bool = False) -> None:
         StoreError: the path is no folder, or cannot be written when it must be.
     """
     mark = root / "store.json"
-    if root.exists() and not root.is_dir():
+    if isinstance(root, Path) and root.exists() and not root.is_dir():
         raise StoreError(f"{root}: a store is a folder, this is a file; pass another --store or set {HOME}")
     if mark.is_file():
         data = mark.read_bytes()
-        _check_schema(data, f"{root}: this store")
+        schema = _check_schema(data, f"{root}: this store")
         files.unseal(data, mark)
+        if create:
+            check_current(schema, f"{root}: this store")
     elif create:
         files.create_exclusive(mark, files.sealed({"schema": SCHEMA, "format": "featstore"}))
 
@@ -77,11 +95,16 @@ def check_block_rows(rows: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArraySpec:
-    """One zarr array of a set: `name` such as `cls` or `layers/3/cls`, row shape and stored dtype."""
+    """One zarr array of a set: `name` such as `cls` or `layers/3/cls`, row shape and stored dtype.
+
+    `shard_rows` and `chunk_rows` are 0 until the array stands in a ledger, which fixes them.
+    """
 
     name: str
     row_shape: tuple[int, ...]
     dtype: str
+    shard_rows: int = 0
+    chunk_rows: int = 0
 
     @property
     def row_bytes(self) -> int:
@@ -89,15 +112,27 @@ class ArraySpec:
 
     def layout(self, rows_per_block: int) -> tuple[int, int]:
         """(shard rows, chunk rows): whole shards divide a block."""
+        if self.shard_rows:
+            return self.shard_rows, self.chunk_rows
         shard = shard_rows_for(self.row_bytes, rows_per_block)
         return shard, chunk_rows_for(self.row_bytes, shard)
 
+    def fixed(self, rows_per_block: int) -> "ArraySpec":
+        """The same array with its layout settled."""
+        shard, chunk = self.layout(rows_per_block)
+        return replace(self, shard_rows=shard, chunk_rows=chunk)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes, as zarr.json states them for xarray."""
+        return AXES.get(self.name.rsplit("/", 1)[-1], ("row", "dim"))
+
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "row_shape": list(self.row_shape), "dtype": self.dtype}
+        return {**asdict(self), "row_shape": list(self.row_shape)}
 
     @staticmethod
     def from_dict(value: dict[str, Any]) -> "ArraySpec":
-        return ArraySpec(name=value["name"], row_shape=tuple(value["row_shape"]), dtype=value["dtype"])
+        return ArraySpec(**{**value, "row_shape": tuple(value["row_shape"])})
 
 
 def make_spec(
@@ -130,12 +165,12 @@ def set_name(spec: dict[str, Any]) -> str:
     return f"{spec['model']}@{spec['resolution']}" if spec["resolution"] else str(spec["model"])
 
 
-def set_folder(root: Path, spec: dict[str, Any]) -> Path:
+def set_folder(root: Place, spec: dict[str, Any]) -> Place:
     """Folder of a set inside the store."""
     return root / "sets" / str(spec["dataset"]) / f"{set_name(spec)}-{spec['fingerprint'][:8]}"
 
 
-def read_spec(folder: Path) -> dict[str, Any]:
+def read_spec(folder: Place) -> dict[str, Any]:
     """Load and check `spec.json`.
 
     Raises:

@@ -7,8 +7,8 @@ reads the winner's entry and plans again.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from jaxtyping import Int64
 
 from featstore import files
 from featstore.errors import CorruptError, IncompleteError
+from featstore.objects import Place
 from featstore.store.layout import ArraySpec, read_spec
-from featstore.store.shards import array_metadata, group_metadata
+from featstore.store.shards import array_metadata, chunk_rows_for, group_metadata, shard_rows_for
 
 if TYPE_CHECKING:
     from featstore.datasets.manifest import Manifest
@@ -62,11 +63,11 @@ class Ledger:
         return found
 
 
-def entry_path(folder: Path, number: int) -> Path:
+def entry_path(folder: Place, number: int) -> Place:
     return folder / "ledger" / f"{number:06d}.json"
 
 
-def read_ledger(folder: Path) -> Ledger:
+def read_ledger(folder: Place) -> Ledger:
     """Add up all entries.
 
     Raises:
@@ -90,9 +91,22 @@ def read_ledger(folder: Path) -> Ledger:
         if entry["kind"] == "rows":
             segments.append(Segment(entry["start"], entry["stop"], entry["manifest"]))
         else:
-            groups[entry["group"]] = [ArraySpec.from_dict(item) for item in entry["arrays"]]
+            groups[entry["group"]] = [_array(folder, item) for item in entry["arrays"]]
         number += 1
     return Ledger(segments, groups, number)
+
+
+# Schema 1 left the layout to be derived from the block size, with shards of at most this size.
+_SCHEMA_1_SHARD_BYTES = 128 * 2**20
+
+
+def _array(folder: Place, item: dict[str, Any]) -> ArraySpec:
+    array = ArraySpec.from_dict(item)
+    if not array.shard_rows:
+        rows = int(read_spec(folder)["layout"]["block_rows"])
+        shard = shard_rows_for(array.row_bytes, rows, _SCHEMA_1_SHARD_BYTES)
+        array = replace(array, shard_rows=shard, chunk_rows=chunk_rows_for(array.row_bytes, shard))
+    return array
 
 
 def group_name(arrays: list[str]) -> str:
@@ -101,24 +115,25 @@ def group_name(arrays: list[str]) -> str:
     return joined if len(joined) <= 120 else f"{joined[:100]}+{files.digest(joined)[:8]}"
 
 
-def add_arrays(folder: Path, arrays: list[ArraySpec]) -> Ledger:
+def add_arrays(folder: Place, arrays: list[ArraySpec]) -> Ledger:
     """Make sure that every array exists, as one new group for those that do not; returns the ledger that has them."""
+    size = int(read_spec(folder)["layout"]["block_rows"])
     while True:
         ledger = read_ledger(folder)
         new = [array for array in arrays if array.name not in ledger.arrays]
         if not new:
             return ledger
         group = group_name([array.name for array in new])
-        entry = {"kind": "arrays", "group": group, "arrays": [array.as_dict() for array in new]}
+        entry = {"kind": "arrays", "group": group, "arrays": [array.fixed(size).as_dict() for array in new]}
         files.create_exclusive(entry_path(folder, ledger.num_entries), files.sealed(entry))
 
 
-def rows_path(folder: Path, manifest: str) -> Path:
+def rows_path(folder: Place, manifest: str) -> Place:
     """Mapping of one manifest's samples to row indices."""
     return folder / "rows" / f"{manifest}.parquet"
 
 
-def read_rows(folder: Path, manifest: str) -> Int64[np.ndarray, " N"]:
+def read_rows(folder: Place, manifest: str) -> Int64[np.ndarray, " N"]:
     """Row index of each sample of a manifest, in manifest order.
 
     Raises:
@@ -133,17 +148,22 @@ def read_rows(folder: Path, manifest: str) -> Int64[np.ndarray, " N"]:
     return read_mapping(path)[2]
 
 
-def read_mapping(path: Path) -> tuple[list[str], list[int], Int64[np.ndarray, " N"]]:
+def read_mapping(path: Place) -> tuple[list[str], list[int], Int64[np.ndarray, " N"]]:
     """(ids, file sizes, row indices) of a mapping.
 
     Raises:
         CorruptError: it cannot be read.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, columns=["id", "size", "row"], page_checksum_verification=True)
+        data = path.read_bytes()
+        if seal_path(path).is_file():
+            seal = files.unseal(seal_path(path).read_bytes(), seal_path(path))
+            if (seal["bytes"], seal["sha256"]) != (len(data), files.digest(data)):
+                raise ValueError("other bytes than were written")
+        columns = ["id", "size", "row"]
+        table = files.read_parquet(data, columns)
         # A flipped bit in the file's own description can give the same bytes another type.
         if table.schema.types != [pa.string(), pa.int64(), pa.int64()] or table.column("row").null_count:
             raise pa.ArrowInvalid(f"columns are {table.schema.types}")
@@ -153,7 +173,19 @@ def read_mapping(path: Path) -> tuple[list[str], list[int], Int64[np.ndarray, " 
         raise CorruptError(f"{path}: damaged ({type(error).__name__}); restore it from a copy") from error
 
 
-def _known_rows(folder: Path) -> dict[tuple[str, int], int]:
+def seal_path(path: Place) -> Place:
+    """Where the digest of a mapping's bytes stands."""
+    return path.with_name(f"{path.stem}.json")
+
+
+def seal_rows(path: Place) -> None:
+    """Write down the digest of a mapping; a writer that died before this left it to the next one."""
+    if not seal_path(path).is_file():
+        data = path.read_bytes()
+        files.create_exclusive(seal_path(path), files.sealed({"bytes": len(data), "sha256": files.digest(data)}))
+
+
+def _known_rows(folder: Place) -> dict[tuple[str, int], int]:
     """(id, size) -> latest row index over all manifests seen so far."""
     known: dict[tuple[str, int], int] = {}
     for path in sorted((folder / "rows").glob("*.parquet")):
@@ -163,18 +195,22 @@ def _known_rows(folder: Path) -> dict[tuple[str, int], int]:
     return known
 
 
-def _write_rows(folder: Path, manifest: "Manifest", rows: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
+def _write_rows(folder: Place, manifest: "Manifest", rows: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
     columns = {"id": manifest.table.column("id"), "size": manifest.table.column("size"), "row": pa.array(rows)}
     pq.write_table(pa.table(columns), sink, compression="zstd", write_page_checksum=True)
-    files.create_exclusive(rows_path(folder, manifest.short), sink.getvalue().to_pybytes())
+    path = rows_path(folder, manifest.short)
+    files.create_exclusive(path, sink.getvalue().to_pybytes())
+    seal_rows(path)
     return read_rows(folder, manifest.short)
 
 
-def preview_rows(folder: Path, manifest: "Manifest", contents: Callable[[], dict[int, str]]) -> Int64[np.ndarray, " N"]:
+def preview_rows(
+    folder: Place, manifest: "Manifest", contents: Callable[[], dict[int, str]]
+) -> Int64[np.ndarray, " N"]:
     """Row index of every sample that the set has already, -1 for the others; see `add_rows`."""
     samples, sizes, stated = (manifest.column(name) for name in ("id", "size", "content"))
     held = contents() if any(content is not None for content in stated) else {}
@@ -187,13 +223,14 @@ def preview_rows(folder: Path, manifest: "Manifest", contents: Callable[[], dict
     return rows
 
 
-def add_rows(folder: Path, manifest: "Manifest", contents: Callable[[], dict[int, str]]) -> Int64[np.ndarray, " N"]:
+def add_rows(folder: Place, manifest: "Manifest", contents: Callable[[], dict[int, str]]) -> Int64[np.ndarray, " N"]:
     """Row index of every sample of the manifest; samples that the set does not have get rows in a new block.
 
     A sample is known by id and file size; where the manifest states a content hash (a file rewritten in place), that
     must match too. `contents` gives the hash that the commits hold for each row, and is called only then.
     """
     if rows_path(folder, manifest.short).is_file():
+        seal_rows(rows_path(folder, manifest.short))
         return read_rows(folder, manifest.short)
     rows_per_block = int(read_spec(folder)["layout"]["block_rows"])
     while True:
@@ -215,7 +252,7 @@ def add_rows(folder: Path, manifest: "Manifest", contents: Callable[[], dict[int
         files.create_exclusive(entry_path(folder, ledger.num_entries), files.sealed(entry))
 
 
-def wanted_metadata(folder: Path, spec: dict[str, Any], ledger: Ledger) -> dict[Path, bytes]:
+def wanted_metadata(folder: Place, spec: dict[str, Any], ledger: Ledger) -> dict[Place, bytes]:
     """Every `zarr.json` that the ledger asks for, and its bytes."""
     root = folder / "data.zarr"
     wanted = {root: group_metadata({"featstore": {"schema": spec["schema"], "fingerprint": spec["fingerprint"]}})}
@@ -229,14 +266,15 @@ def wanted_metadata(folder: Path, spec: dict[str, Any], ledger: Ledger) -> dict[
             chunk_rows=chunk,
             shard_rows=shard,
             attributes={},
+            dimension_names=array.axes if spec["schema"] > 1 else None,
         )
-        for parent in Path(array.name).parents:  # layers/3/cls: `layers` and `layers/3` are groups
-            if parent != Path("."):
+        for parent in PurePosixPath(array.name).parents:  # layers/3/cls: `layers` and `layers/3` are groups
+            if parent != PurePosixPath("."):
                 wanted[root / parent] = group_metadata({})
     return {path / "zarr.json": json.dumps(metadata, indent=2).encode() for path, metadata in wanted.items()}
 
 
-def write_metadata(folder: Path, spec: dict[str, Any], ledger: Ledger) -> None:
+def write_metadata(folder: Place, spec: dict[str, Any], ledger: Ledger) -> None:
     """Bring every `zarr.json` up to the ledger, so that plain zarr opens the arrays at their present length."""
     while True:
         for path, data in wanted_metadata(folder, spec, ledger).items():

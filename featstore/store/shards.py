@@ -26,9 +26,9 @@ from featstore.errors import ConfigError, CorruptError, StoreError
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16  # offset and length, uint64 each
 ABSENT = 2**64 - 1  # zarr's mark for a chunk that a shard does not hold
-# Both follow from the row shape alone and stand in no file: another value here is another SCHEMA of the store.
 CHUNK_TARGET_BYTES = 384 * 1024  # smaller chunks slow stock readers down, larger ones make a checked gather dear
-SHARD_LIMIT_BYTES = 128 * 2**20  # cold full loads gain up to about here, then memory and retries only cost
+# Cold full loads gain up to 128 MiB; what decides here is the number of files: patches of 7B at 512 take 8.4 MB a row.
+SHARD_LIMIT_BYTES = 2**30
 
 # Storage type of each zarr data type and its fill value: NaN for floats, so that a row that was never
 # written cannot pass for a feature, and 0 for integers. bfloat16 is handled as its bit pattern; numpy has no such type.
@@ -181,8 +181,8 @@ def chunk_rows_for(row_bytes: int, shard_rows: int) -> int:
     return min(1 << max(0, round(math.log2(CHUNK_TARGET_BYTES / row_bytes))), _power_of_two_below(shard_rows))
 
 
-def shard_rows_for(row_bytes: int, block_rows: int) -> int:
-    """Rows of a shard: the largest power of two within the block and 128 MiB, at least 1; it divides the block.
+def shard_rows_for(row_bytes: int, block_rows: int, limit: int | None = None) -> int:
+    """Rows of a shard: the largest power of two within block and limit (1 GiB), at least 1; it divides the block.
 
     Raises:
         ConfigError: block_rows is not a power of two.
@@ -190,7 +190,7 @@ def shard_rows_for(row_bytes: int, block_rows: int) -> int:
     _require_positive(row_bytes=row_bytes, block_rows=block_rows)
     if block_rows & (block_rows - 1):
         raise ConfigError(f"block rows must be a power of two, got {block_rows}; try {_power_of_two_below(block_rows)}")
-    return min(block_rows, _power_of_two_below(max(1, SHARD_LIMIT_BYTES // row_bytes)))
+    return min(block_rows, _power_of_two_below(max(1, (limit or SHARD_LIMIT_BYTES) // row_bytes)))
 
 
 def _power_of_two_below(number: int) -> int:

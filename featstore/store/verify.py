@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from featstore.datasets import manifest as manifests
 from featstore.errors import FeatstoreError
+from featstore.objects import Place
 from featstore.store import commits, ledger
 from featstore.store.catalog import Entry, Store
 from featstore.store.layout import ArraySpec, read_spec
@@ -89,7 +89,7 @@ def verify_set(
     return Verdict(entry.name, count, total, problems)
 
 
-def _check_metadata(folder: Path, spec: dict[str, Any], book: ledger.Ledger) -> list[Problem]:
+def _check_metadata(folder: Place, spec: dict[str, Any], book: ledger.Ledger) -> list[Problem]:
     problems = []
     for path, data in ledger.wanted_metadata(folder, spec, book).items():
         if not path.is_file() or path.read_bytes() != data:
@@ -99,7 +99,7 @@ def _check_metadata(folder: Path, spec: dict[str, Any], book: ledger.Ledger) -> 
 
 
 def _check_block(
-    folder: Path, arrays: list[ArraySpec], commit: commits.Commit, rows_per_block: int, deep: bool
+    folder: Place, arrays: list[ArraySpec], commit: commits.Commit, rows_per_block: int, deep: bool
 ) -> Iterator[tuple[str, str, int]]:
     """(place, problem or '', bytes) of every shard of one committed block."""
     for array in arrays:
@@ -124,7 +124,7 @@ def _check_block(
                 yield key, "" if same else "size or checksum differs from what was committed", size
 
 
-def _check_values(folder: Path, array: ArraySpec, commit: commits.Commit) -> str:
+def _check_values(folder: Place, array: ArraySpec, commit: commits.Commit) -> str:
     """Failed rows are NaN, all others finite and not all zero."""
     reader = ShardedArray(folder / "data.zarr" / array.name)
     step = max(1, PIECE_BYTES // array.row_bytes)
