@@ -56,7 +56,10 @@ def ls(
         right=("samples", "patients"),
     )
     if rows:
-        show.table("", SET_COLUMNS, [_set_row(row) for row in rows], right=("ok", "failed", "pending", "size"))
+        names = [row["set"] for row in rows]
+        unique = [names.count(row["set"]) == 1 for row in rows]
+        cells = [_set_row(row, unique=alone) for row, alone in zip(rows, unique)]
+        show.table("", SET_COLUMNS, cells, right=("ok", "failed", "pending", "size"))
     else:
         print("no sets; `featstore extract --model NAME` makes one")
 
@@ -64,16 +67,18 @@ def ls(
 SET_COLUMNS = ["set", "weights", "pixels", "arrays", "dtype", "ok", "failed", "pending", "size"]
 
 
-def _set_row(row: dict[str, Any]) -> list[str]:
+def _set_row(row: dict[str, Any], *, unique: bool) -> list[str]:
+    """Cells of one set; where its name is not unique, the fingerprint that tells it from the others."""
+    name = row["set"] if unique else f"{row['set']}-{row['fingerprint'][:8]}"
     if "error" in row:
-        return [row["set"], "", "", row["error"], "", "", "", "", ""]
+        return [name, "", "", row["error"], "", "", "", "", ""]
     pixels = "x".join(map(str, row["pixels"])) if row["pixels"] else ""
     return [
-        row["set"],
+        name,
         "RANDOM" if row["weights"] == "random" else row["weights"],
         f"{pixels} {row['geometry'] or ''}".strip(),
         ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in row["arrays"].items()),
-        row["dtype"],
+        row["dtype"] + (f" (in {row['compute_dtype']})" if row["compute_dtype"] not in (None, "float32") else ""),
         str(row["ok"]),
         str(row["failed"]),
         str(row["pending"]),
