@@ -72,18 +72,24 @@ def _evaluate(probe: str, config: EvalConfig, head: Any, *, extract: bool, store
 
 
 def _extract_first(home: Any, config: EvalConfig) -> None:
-    """Run the extraction that the probe would otherwise ask for."""
-    from cli.extract import run_plans
+    """Run the extraction that the probe would ask for: of a set that is there as it was made, else by name."""
+    from cli.extract import check_space, run_plans
     from featstore.configs import RunConfig, SetConfig
     from featstore.errors import ConfigError
     from featstore.extraction.plan import make_plan
+    from featstore.request import config_of
 
     if not config.model:
         raise ConfigError("--extract needs --model MODEL or MODEL@RES, to know what to extract")
     model, _, resolution = config.model.partition("@")
+    made = [config_of(entry.spec) for entry in home.find(config.dataset, config.model) if entry.spec["resolution"]]
     run = RunConfig()
-    plan = make_plan(home, config.dataset, SetConfig(model=model, res=resolution or None), run)
-    run_plans([plan], run, quiet=True)
+    plans = [
+        make_plan(home, config.dataset, wanted, run)
+        for wanted in made or [SetConfig(model=model, res=resolution or None)]
+    ]
+    check_space(home.path, plans, run, quiet=True)
+    run_plans(plans, run, quiet=True)
 
 
 def results(

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -11,14 +12,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from featstore.errors import IncompleteError, UnknownNameError
+from featstore import files
+from featstore.errors import CorruptError, IncompleteError, UnknownNameError
+from featstore.objects import Place
 from featstore.records import peak_memory_bytes
+from featstore.request import command_of
 from featstore.store.catalog import Entry, Store
 from featstore.store.features import FeatureSet
 from probes import PROBES
 from probes.configs import EvalConfig
 from probes.metrics import evaluate
-from probes.records import load_records, prediction_columns, save_record
+from probes.records import prediction_columns, save_record
 from probes.selection import Fitted
 from probes.statistics import bootstrap
 from probes.tasks import Task, choose_task, make_task
@@ -46,28 +50,6 @@ def score(
     return result
 
 
-def extract_command(spec: dict[str, Any]) -> str:
-    """The command that completes a set."""
-    identity, weights = spec["identity"], spec["weights"]
-    if weights["kind"] == "imported":
-        return f"featstore import FILE --dataset {spec['dataset']} --name {spec['model']}"
-    parts = [
-        f"featstore extract --dataset {spec['dataset']} --model {weights.get('model', spec['model'])} "
-        f"--res {spec['resolution']}"
-    ]
-    if spec["model"] != weights.get("model", spec["model"]):
-        parts.append(f"--name {spec['model']}")
-    if weights["kind"] == "random" and "seed" in weights and not spec["model"].startswith("tiny-random"):
-        parts.append(f"--random-weights {weights['seed']}")
-    if weights["kind"] == "local":
-        parts.append("--weights PATH")
-    if identity["preprocess"]["geometry"] != "squash":
-        parts.append(f"--geometry {identity['preprocess']['geometry']}")
-    if identity["stored_dtype"] != "float16":
-        parts.append(f"--dtype {identity['stored_dtype']}")
-    return " ".join(parts)
-
-
 def evaluate_sets(
     store: Store,
     probe: str,
@@ -89,11 +71,28 @@ def evaluate_sets(
     tasks = [make_task(found, spec, allow_leak=config.allow_leak) for found in complete_sets(store, config)]
     jobs = [(task, features) for task in tasks for features in choose_features(task.features, config.features)]
     records = []
+    folder = config.results or store.path / "results"
+    opened = times_opened(folder, config.dataset)
     with progress(len(jobs)) if progress else nullcontext(lambda _: None) as advance:
         for task, features in jobs:
-            records.append(evaluate_one(store, probe, task, features, config, head))
+            opened[task.digest] += 1
+            records.append(evaluate_one(probe, task, features, config, head, folder=folder, opened=opened[task.digest]))
             advance(1)
     return records
+
+
+def times_opened(folder: Place, dataset: str) -> Counter[str]:
+    """Task digest -> number of records that saw its test split; damaged records are told and passed over."""
+    found: Counter[str] = Counter()
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+        try:
+            record = files.unseal(path.read_bytes(), path)
+        except CorruptError as error:
+            logging.getLogger(__name__).warning("not counted: %s", error)
+            continue
+        if record["dataset"] == dataset:
+            found[record["task"]["digest"]] += 1
+    return found
 
 
 def complete_sets(store: Store, config: EvalConfig) -> list[FeatureSet]:
@@ -112,7 +111,7 @@ def complete_sets(store: Store, config: EvalConfig) -> list[FeatureSet]:
     for entry in entries:
         features_set = _open_complete(store, entry, config.manifest)
         if features_set is None:
-            lines.append(f"  {extract_command(entry.spec)}")
+            lines.append(f"  {command_of(entry.spec, store.open(entry, manifest=config.manifest).arrays)}")
         else:
             complete.append(features_set)
     if lines:
@@ -143,15 +142,15 @@ def choose_features(features_set: FeatureSet, asked: str | None) -> list[str]:
     ]
 
 
-def evaluate_one(store: Store, probe: str, task: Task, features: str, config: EvalConfig, head: Any) -> dict[str, Any]:
-    """Fit one probe on one set and feature, and keep its record."""
+def evaluate_one(
+    probe: str, task: Task, features: str, config: EvalConfig, head: Any, *, folder: Place, opened: int
+) -> dict[str, Any]:
+    """Fit one probe on one set and feature, and keep its record, the `opened`-th that sees this task's test split."""
     started = time.monotonic()
     fitted: Fitted = resolve_name(PROBES[probe])(task, features, head)
     rows = {split: task.index(split) for split in ("train", "val", "test")}
     val = fitted.val_metrics or score(task, rows["val"], fitted.val_scores, resamples=0, seed=config.seed)
     test = score(task, rows["test"], fitted.test_scores, resamples=config.resamples, seed=config.seed)
-    folder = config.results or store.path / "results"
-    opened = sum(record["task"]["digest"] == task.digest for record in load_records(folder, dataset=config.dataset))
     source = task.features
     record = {
         "probe": probe,
@@ -182,7 +181,7 @@ def evaluate_one(store: Store, probe: str, task: Task, features: str, config: Ev
         "metrics": {"val": val, "test": test},
         "num_failed": len(source.failures),
         "num_masked": _masked(task, rows),
-        "test_opened": opened + 1,
+        "test_opened": opened,
         "seed": config.seed,
         "cost": {
             "seconds": round(time.monotonic() - started, 3),
@@ -202,8 +201,6 @@ def evaluate_one(store: Store, probe: str, task: Task, features: str, config: Ev
 
 def load_records_at(path: Any) -> dict[str, Any]:
     """One record by its file."""
-    from featstore import files
-
     return {**files.unseal(path.read_bytes(), path), "file": str(path)}
 
 

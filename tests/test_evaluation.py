@@ -17,7 +17,7 @@ from featstore.store.catalog import Store
 from featstore.store.importer import import_features
 from probes import report
 from probes.configs import EvalConfig, KnnConfig, LinearConfig
-from probes.evaluation import complete_sets, evaluate_sets, extract_command
+from probes.evaluation import complete_sets, evaluate_sets
 from probes.records import load_predictions, load_records
 from probes.selection import fit_linear, folds
 from probes.tasks import choose_task, make_task
@@ -273,20 +273,6 @@ def test_incomplete_sets_are_named_with_their_command(data: tuple[Store, Path, n
         complete_sets(store, evaluation())
 
 
-def test_extract_command_rebuilds_the_request() -> None:
-    spec = {
-        "dataset": "cxr",
-        "model": "mine",
-        "resolution": "224",
-        "weights": {"kind": "random", "seed": 3, "model": "dinov2-small"},
-        "identity": {"preprocess": {"geometry": "dino"}, "stored_dtype": "float32"},
-    }
-    assert extract_command(spec) == (
-        "featstore extract --dataset cxr --model dinov2-small --res 224 --name mine --random-weights 3 --geometry dino "
-        "--dtype float32"
-    )
-
-
 @pytest.mark.parametrize(
     ("where", "message"),
     [
@@ -306,3 +292,18 @@ def test_default_k_above_the_bank_is_dropped_and_recorded(tmp_path: Path, store_
     record = evaluate_sets(store, "knn", EvalConfig(dataset="small", labels="a", resamples=10), KnnConfig())[0]
     assert record["choices"]["dropped"] == [100, 200]
     assert record["choices"]["k"] in (10, 20)
+
+
+def test_damaged_records_are_told_and_not_counted(
+    data: tuple[Store, Path, np.ndarray], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = data[0]
+    first = evaluate_sets(store, "knn", evaluation(labels="kind"), KnnConfig(k="5"))[0]
+    damaged = store.path / "results" / "damaged.json"
+    damaged.write_text("{}")
+    try:
+        second = evaluate_sets(store, "knn", evaluation(labels="kind"), KnnConfig(k="5"))[0]
+    finally:
+        damaged.unlink()
+    assert second["test_opened"] > first["test_opened"]
+    assert "not counted" in caplog.text
