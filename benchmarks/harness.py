@@ -1,7 +1,9 @@
 """Shared by the benchmarks: interleaved timing, one JSON line, result files that are added and never replaced."""
 
 import argparse
+import gc
 import json
+import random
 import statistics
 import subprocess
 import time
@@ -25,6 +27,31 @@ def interleave(calls: dict[str, Callable[[], object]], *, repeats: int, warmup: 
             call()
             seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def rounds(
+    calls: dict[str, Callable[[], object]],
+    *,
+    repeats: int,
+    seed: int = 0,
+    before: Callable[[str], object] = lambda _: None,
+) -> dict[str, list[float]]:
+    """Wall seconds of every call, each round in another shuffled order; `before` runs first, untimed, with its name."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(seed)
+    for _ in range(repeats):
+        for name in order.sample(list(calls), len(calls)):
+            gc.collect()
+            before(name)
+            started = time.perf_counter()
+            calls[name]()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def quartiles(values: list[float]) -> list[float]:
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
 
 
 def spread(values: list[float]) -> dict[str, float]:

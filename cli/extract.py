@@ -12,6 +12,7 @@ from cli import show
 from cli.flags import with_config
 from featstore.configs import RegisterConfig, RunConfig, SetConfig, parse_bytes
 from featstore.errors import ConfigError, StoreError
+from featstore.objects import Place, as_object
 
 if TYPE_CHECKING:
     from featstore.datasets.manifest import Manifest
@@ -111,7 +112,7 @@ def extract(
     if not json:
         for plan in plans:
             _print_plan(plan, run)
-    _check_space(home.path, plans, run, quiet=json)
+    check_space(home.path, plans, run, quiet=json)
     summaries = [] if run.dry_run else run_plans(plans, run, quiet=json)
     if json:
         show.emit_json(
@@ -147,19 +148,21 @@ def _print_plan(plan: "Plan", run: RunConfig) -> None:
     )
 
 
-def _check_space(root: Path, plans: "list[Plan]", run: RunConfig, *, quiet: bool) -> None:
+def check_space(root: Place, plans: "list[Plan]", run: RunConfig, *, quiet: bool) -> None:
     """Say what is free; stop before the disk is full or more is written than was agreed to."""
     wanted = sum(plan.new_bytes for plan in plans)
     if not wanted:
         return
     place = root
-    while not place.exists():
+    remote = as_object(root) is not None
+    while not remote and not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
+    free = float("inf") if remote else shutil.disk_usage(place).free
     if not quiet:
-        print(
-            f"  {show.size(free)} free in {place}" + ("; dry run, nothing written" if run.dry_run else ""), flush=True
+        known = (
+            "free space is not checked: a bucket does not state it" if remote else f"{show.size(free)} free in {place}"
         )
+        print(f"  {known}" + ("; dry run, nothing written" if run.dry_run else ""), flush=True)
     if run.dry_run or run.yes:
         return
     if wanted > free:

@@ -77,6 +77,24 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return layers
 
 
+def parse_reduce(text: str) -> tuple[str, ...]:
+    """Comma-separated reductions of patch tokens in the order in which they are done: pool, pca, int8.
+
+    Raises:
+        ConfigError: an unknown one, or two of one kind.
+    """
+    given = [step.strip() for step in text.split(",") if step.strip()]
+    patterns = (r"pool[24]", r"pca:[1-9]\d*", r"int8")
+    steps = [[step for step in given if re.fullmatch(pattern, step)] for pattern in patterns]
+    if sum(map(len, steps)) < len(given):
+        raise ConfigError(
+            f"--reduce takes pool2 or pool4, pca:K (K components) and int8, comma-separated; got {text!r}"
+        )
+    if max(map(len, steps)) > 1:
+        raise ConfigError(f"--reduce takes at most one pool, one pca:K and one int8; got {text!r}")
+    return tuple(step for found in steps for step in found)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SetConfig:
     """What is computed: everything here can change the numbers of a set, or which arrays it has."""
@@ -102,6 +120,9 @@ class SetConfig:
         Fit, "for sizes that the patch does not divide: nearest, floor, tokens (grid of patch 16), strict (refuse)"
     ] = "nearest"
     dtype: Annotated[StoredDtype, "stored type"] = "float16"
+    reduce: Annotated[
+        str, "make patch tokens smaller: pool2 or pool4 (cells of the grid), pca:K, int8; chained: pool2,int8"
+    ] = ""
     compute_dtype: Annotated[
         ComputeDtype, "auto: bfloat16 on a GPU that has it, else float32; fixed when the set is created"
     ] = "auto"
@@ -113,6 +134,11 @@ class SetConfig:
     def __post_init__(self) -> None:
         parse_tokens(self.tokens)
         parse_layers(self.layers)
+        if parse_reduce(self.reduce) and "patches" not in parse_tokens(self.tokens):
+            raise ConfigError(
+                f"--reduce {self.reduce} makes patch tokens smaller, and --tokens {self.tokens} keeps none; "
+                "add patches to --tokens, or leave --reduce out"
+            )
         if self.weights is not None and self.random_weights is not None:
             raise ConfigError("--weights and --random-weights exclude each other; give one")
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):

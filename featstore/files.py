@@ -1,10 +1,17 @@
-"""Files that are whole or absent: atomic replace, first-wins publication, canonical JSON and digests."""
+"""Files that are whole or absent: atomic replace, first-wins publication, canonical JSON and digests.
+
+File systems and buckets differ here and in `store/decisions.py`, nowhere else. In a bucket every put is whole and kept
+once it is answered, so nothing is synced, and what a link does under a name that is taken, a put on condition does.
+"""
 
 import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
+import logging
+import mmap
 import os
 import re
 import shutil
@@ -12,19 +19,22 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from featstore.errors import CorruptError, FeatstoreError, StoreError
-from featstore.objects import Place
+from featstore.objects import ObjectReader, Place, as_object
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 # What file systems without hard links answer.
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 MODE = "mode.json"  # in the root of a store that needs another way
+# What file systems answer that cannot sync files or folders.
+NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 # Errors of a shared file system that pass by themselves (NFS stale handle, interrupted call, timeout, flaky disk).
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET}
 
@@ -107,18 +117,38 @@ def writing(place: Place) -> Iterator[None]:
 
 def sync_folder(folder: Place) -> None:
     """Make names created in `folder` survive a power cut."""
+    if as_object(folder):
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # what file systems answer that cannot sync folders
-            raise
+        sync(descriptor, folder)
     finally:
         os.close(descriptor)
 
 
+def sync(descriptor: int, place: Place) -> None:
+    """Make what was written to the open file or folder `place` survive a power cut.
+
+    Raises:
+        StoreError: the file system cannot do that, and `featstore doctor` has not noted it in the store.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+        if _settled(place).get("fsync", True):
+            raise StoreError(
+                f"{place}: this file system cannot sync ({error.strerror}), so a power cut could lose what is "
+                "committed; `featstore doctor STORE` settles that commits survive kills only, or put the store on "
+                "another disk"
+            ) from error
+
+
 def make_folder(folder: Place) -> None:
-    """Create a folder and its parents so that they survive a power cut; nothing happens if it exists."""
+    """Create a folder and its parents so that they survive a power cut; not in a bucket, nor if it exists."""
+    if as_object(folder):
+        return
     for last_try in (False, False, False, True):
         if folder.is_dir():
             return
@@ -168,7 +198,7 @@ def _write_beside(path: Place, data: bytes) -> Place:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno(), path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -182,6 +212,9 @@ def write_atomic(path: Place, data: bytes) -> None:
         StoreError: it cannot be written.
     """
     with writing(path):
+        if (held := as_object(path)) is not None:
+            held.put(data)
+            return
         temporary = _write_beside(path, data)
         try:
             os.replace(temporary, path)
@@ -201,6 +234,8 @@ def link_kept(source: Place, final: Place) -> bool:
         StoreError: the file system has no hard links, so first-wins cannot be guaranteed.
         FileNotFoundError: `source` is gone.
     """
+    if (held := as_object(final)) is not None:
+        return not held.is_file() and held.put_new(read_large(source))
     try:
         os.link(source, final)
         published = True
@@ -214,12 +249,26 @@ def link_kept(source: Place, final: Place) -> bool:
     return published
 
 
-def replace_kept(source: Place, final: Place) -> None:
+def version(path: Place) -> str:
+    """What tells whether an object is still the same one; '' for local files and where there is none."""
+    held = as_object(path)
+    try:
+        return "" if held is None else held.stat().e_tag or ""
+    except FileNotFoundError:
+        return ""
+
+
+def replace_kept(source: Place, final: Place, seen: str) -> None:
     """Put a finished file in the place of another one; the first name stays.
 
     The name that is moved stands beside `source`: a process that stands still here until somebody has taken that
-    folder away finds nothing to move.
+    folder away finds nothing to move. In a bucket only the object whose `version` was `seen` is replaced.
     """
+    if (held := as_object(final)) is not None:
+        data = read_large(source)
+        if not (held.put_over(data, seen) if seen else held.put_new(data)):
+            _log.info("%s was changed by another process meanwhile", final)
+        return
     spare = source.with_name(f"{source.name}.{uuid.uuid4().hex}")
     try:
         os.link(source, spare)
@@ -231,29 +280,110 @@ def replace_kept(source: Place, final: Place) -> None:
     sync_folder(final.parent)
 
 
+def read_large(path: Place) -> memoryview:
+    """The bytes of a shard: a local file mapped, an object in memory."""
+    held = as_object(path)
+    if held is None:
+        with open(path, "rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    facts = held.stat()
+    data = bytearray(facts.st_size)
+    position = 0
+    for piece in held.pieces(facts):
+        data[position : position + len(piece)] = piece
+        position += len(piece)
+    return memoryview(data)
+
+
+def upload(source: Path, final: Place) -> None:
+    """Copy a finished local file to a place in the store where nothing else stands."""
+    if (held := as_object(final)) is not None:
+        held.put(read_large(source))
+    else:
+        write_atomic(final, source.read_bytes())
+
+
+def open_binary(path: Place) -> io.BufferedReader | ObjectReader:
+    """A file for reading; ranges of an object are fetched as they are read."""
+    held = as_object(path)
+    return open(path, "rb") if held is None else held.open()
+
+
+def modified(folder: Place) -> dict[Place, float]:
+    """Every file below a folder and when it was last changed; the folder too, where it is one on a disk."""
+    held = as_object(folder)
+    if held is not None:
+        return {cast(Any, path): facts.st_mtime for path, facts in held.walk()}
+    return {path: path.stat().st_mtime for path in [folder, *folder.rglob("*")]}
+
+
+def remove_tree(folder: Place, first: str = "") -> None:
+    """Remove a folder and all in it, in a bucket the object `first` before the others.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    held = as_object(folder)
+    if held is None:
+        shutil.rmtree(folder)
+        return
+    if first:
+        (held / first).unlink()
+    held.remove_below()
+
+
+def user_cache() -> Path:
+    """The user's cache folder of this package, on this machine whatever the store is."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("featstore"))
+
+
+def scratch_folder() -> Path:
+    """A new local folder for shards on their way to a bucket; those of dead processes go."""
+    home = user_cache() / "writing"
+    home.mkdir(parents=True, exist_ok=True)
+    for left in home.iterdir():
+        if is_dead(left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = home / own_name()
+    folder.mkdir()
+    return folder
+
+
 def commit_mode(place: Place) -> str | None:
     """How files are published in the store that holds `place`, as `featstore doctor` settled it; None if it did not.
 
     `rename`: a copy is renamed where no file is replaced. `single`: a copy is renamed, and one writer holds the store.
+    `link`: as without a note, which then only says that nothing can be synced.
     """
+    mode = _settled(place).get("mode")
+    return None if mode is None else str(mode)
+
+
+def _settled(place: Place) -> dict[str, Any]:
+    """The mode.json of the store that holds `place`; empty where there is none."""
     for folder in [place, *place.parents]:
-        mode = folder / MODE
-        if mode.is_file():
-            return str(unseal(mode.read_bytes(), mode)["mode"])
-    return None
+        path = folder / MODE
+        if path.is_file():
+            return unseal(path.read_bytes(), path)
+        if (folder / "store.json").is_file():  # its root: what lies above belongs to others
+            break
+    return {}
 
 
 def _publish_copy(source: Path, final: Path, error: OSError) -> bool:
     """`link_kept` where there are no hard links."""
     mode = commit_mode(final.parent)
-    if mode is None:
+    if mode not in ("rename", "single"):
         raise StoreError(
             f"{final.parent}: no hard links can be made here ({error.strerror}), which commits need; run `featstore "
             "doctor STORE`, which finds another safe way or says that there is none, or put the store on a local disk"
         ) from error
     if final.exists():
         return False
-    copy = final.with_name(f"{final.name}.{own_name()}.partial")
+    # Beside `source`, for the reason that `replace_kept` gives, and where it is swept away with it.
+    copy = source.with_name(f"{source.name}.{uuid.uuid4().hex}.partial")
     try:
         _copy_synced(source, copy)
         if mode == "rename":
@@ -268,7 +398,7 @@ def _copy_synced(source: Path, target: Path) -> None:
     with open(source, "rb") as held, open(target, "xb") as file:
         shutil.copyfileobj(held, file, 2**20)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno(), target)
 
 
 def rename_new(source: Path, final: Path) -> bool:
@@ -297,6 +427,9 @@ def create_exclusive(path: Place, data: bytes) -> bool:
     Raises:
         StoreError: it cannot be written.
     """
+    if (held := as_object(path)) is not None:
+        with writing(path):
+            return held.put_new(data)
     if path.exists():
         return False
     with writing(path):

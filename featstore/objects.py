@@ -1,18 +1,32 @@
 """Objects of a bucket by the part of pathlib that the store uses, so that one code reads and writes both.
 
-A key is whole or absent, folders are prefixes, and a name can be taken exclusively (`put_new`), which is what commits
-need. Everything else that a file system has and a bucket has not (links, renames, syncing) lives in `files.py`.
+A key is whole or absent, folders are prefixes, a name can be taken exclusively (`put_new`) and an object replaced only
+if it is still the one that was read (`put_over`), which is what commits need. Everything else that a file system has
+and a bucket has not (links, renames, syncing) lives in `files.py`.
 """
 
 import fnmatch
 import functools
+import io
+import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
-from featstore.errors import ConfigError, StoreError
+from featstore.errors import ConfigError, FeatstoreError, StoreError
+
+PIECE_BYTES = 16 * 2**20  # large objects are read in ranges of this size
+PARALLEL = 8  # of them at once
+UPLOAD_BYTES = 8 * 2**20  # larger objects get the time that a slow line needs
+
+
+class ReplacedError(StoreError):
+    """An object is not the one any more that was asked for by its tag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +76,7 @@ class ObjectPath:
         return hash((self.bucket, self.key))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ObjectPath, (self.bucket, self.key)
+        return ObjectPath, (self.bucket, str(self.key))
 
     def __truediv__(self, other: str | PurePosixPath) -> "ObjectPath":
         return ObjectPath(self.bucket, self.key / other)
@@ -94,6 +108,9 @@ class ObjectPath:
     def with_name(self, name: str) -> "ObjectPath":
         return ObjectPath(self.bucket, self.key.with_name(name))
 
+    def with_suffix(self, suffix: str) -> "ObjectPath":
+        return ObjectPath(self.bucket, self.key.with_suffix(suffix))
+
     def relative_to(self, other: "ObjectPath") -> PurePosixPath:
         return self.key.relative_to(other.key)
 
@@ -102,42 +119,112 @@ class ObjectPath:
 
     def read_bytes(self) -> bytes:
         """The whole object; FileNotFoundError where there is none."""
+        return self.read_tagged()[0]
+
+    def read_tagged(self) -> tuple[bytes, str]:
+        """The whole object and the tag of these very bytes."""
         import obstore
 
         with _told(self):
-            return bytes(obstore.get(bucket_store(self.bucket), self._key).bytes())
+            found = obstore.get(connection(self.bucket).requests, self._key)
+            return bytes(found.bytes()), str(found.meta["e_tag"])
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
-    def put(self, data: bytes) -> None:
-        """Write or replace the object."""
+    def read_range(self, start: int, stop: int, e_tag: str | None = None) -> bytes:
+        """Bytes start to stop - 1.
+
+        Raises:
+            FileNotFoundError: no such object.
+            ReplacedError: the object is not the one with this tag any more.
+        """
         import obstore
+        from obstore.exceptions import PreconditionError
 
-        with _told(self):
-            obstore.put(bucket_store(self.bucket), self._key, data, use_multipart=False)
-
-    def put_new(self, data: bytes) -> bool:
-        """Write the object unless there is one; True if this call wrote it."""
-        import obstore
-        from obstore.exceptions import AlreadyExistsError
-
+        if stop <= start:
+            return b""
+        options: Any = {"range": (start, stop), **({"if_match": e_tag} if e_tag else {})}
         with _told(self):
             try:
-                obstore.put(bucket_store(self.bucket), self._key, data, mode="create", use_multipart=False)
-            except AlreadyExistsError:
+                data = bytes(obstore.get(connection(self.bucket).requests, self._key, options=options).bytes())
+                if len(data) != stop - start:
+                    raise StoreError(f"{self}: {stop - start} bytes asked for, {len(data)} came; run it again")
+                return data
+            except PreconditionError as error:
+                raise ReplacedError(f"{self}: the object was replaced while it was read; open it again") from error
+
+    def pieces(self, facts: ObjectStat) -> Iterator[bytes]:
+        """The object that `facts` describes, in order, several ranges on their way at once (128 MiB in memory)."""
+        starts = list(range(0, facts.st_size, PIECE_BYTES))
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            for first in range(0, len(starts), PARALLEL):
+                yield from pool.map(
+                    lambda start: self.read_range(start, min(start + PIECE_BYTES, facts.st_size), facts.e_tag),
+                    starts[first : first + PARALLEL],
+                )
+
+    def open(self) -> "ObjectReader":
+        """A buffered binary file over ranges of the object, for reading in order or in places."""
+        return ObjectReader(self)
+
+    def put(self, data: bytes | memoryview) -> None:
+        """Write or replace the object."""
+        self._put(data, "overwrite")
+
+    def put_new(self, data: bytes | memoryview) -> bool:
+        """Write the object unless there is one; True if this call wrote it.
+
+        An answer that was lost on the way and asked for again can come back as False though this call wrote it.
+        """
+        from obstore.exceptions import AlreadyExistsError
+
+        if not connection(self.bucket).conditional:  # one writer: nobody comes in between
+            if self.is_file():
                 return False
+            self.put(data)
             return True
+        try:
+            self._put(data, "create")
+        except AlreadyExistsError:
+            return False
+        return True
+
+    def put_over(self, data: bytes | memoryview, e_tag: str) -> bool:
+        """Replace the object if it is still the one with this tag; True if this call did."""
+        from obstore.exceptions import PreconditionError
+
+        if not connection(self.bucket).conditional:
+            if not self.is_file() or self.stat().e_tag != e_tag:
+                return False
+            self.put(data)
+            return True
+        try:
+            self._put(data, {"e_tag": e_tag})
+        except (PreconditionError, FileNotFoundError):
+            return False
+        return True
+
+    def _put(self, data: bytes | memoryview, mode: Any) -> None:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        held = connection(self.bucket)
+        client = held.uploads if memoryview(data).nbytes > UPLOAD_BYTES else held.requests
+        with _told(self, AlreadyExistsError, PreconditionError):
+            # In one request: what is put in parts cannot be put on a condition.
+            obstore.put(client, self._key, data, mode=mode, use_multipart=False)
 
     def stat(self) -> ObjectStat:
         """Size, time and tag; FileNotFoundError where there is none."""
         import obstore
 
         with _told(self):
-            facts = obstore.head(bucket_store(self.bucket), self._key)
-        return ObjectStat(facts["size"], facts["last_modified"].timestamp(), facts.get("e_tag"))
+            return _facts(obstore.head(connection(self.bucket).requests, self._key))
 
     def is_file(self) -> bool:
+        if not self._key:
+            return False
         try:
             self.stat()
         except FileNotFoundError:
@@ -146,7 +233,7 @@ class ObjectPath:
 
     def is_dir(self) -> bool:
         """Whether any object lies below."""
-        return next(self._below(), None) is not None
+        return next(self.walk(), None) is not None
 
     def exists(self) -> bool:
         return self.is_file() or self.is_dir()
@@ -156,50 +243,120 @@ class ObjectPath:
         import obstore
 
         with _told(self):
-            obstore.delete(bucket_store(self.bucket), self._key)
+            obstore.delete(connection(self.bucket).requests, self._key)
+
+    def remove_below(self) -> None:
+        """Remove every object below this prefix."""
+        import obstore
+
+        keys = [path._key for path, _ in self.walk()]
+        with _told(self):
+            if keys:
+                obstore.delete(connection(self.bucket).requests, keys)
 
     def iterdir(self) -> Iterator["ObjectPath"]:
         """Objects and prefixes one level below."""
+        folders, objects = self.listing()
+        yield from sorted([*folders, *objects])
+
+    def listing(self) -> tuple[list["ObjectPath"], dict["ObjectPath", ObjectStat]]:
+        """(prefixes, objects with their facts) one level below, a thousand names a request."""
         import obstore
 
         with _told(self):
-            found = obstore.list_with_delimiter(bucket_store(self.bucket), self._prefix)
-        keys = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
-        yield from (ObjectPath(self.bucket, key) for key in sorted(keys))
+            found = obstore.list_with_delimiter(connection(self.bucket).requests, self._prefix)
+            objects = {ObjectPath(self.bucket, item["path"]): _facts(item) for item in found["objects"]}
+            return [ObjectPath(self.bucket, key) for key in found["common_prefixes"]], objects
 
     def glob(self, pattern: str) -> list["ObjectPath"]:
-        """Objects below whose relative key matches, `*` standing for anything but a slash; prefixes are no match."""
-        depth = pattern.count("/")
-        head = pattern.split("*")[0].rpartition("/")[0]
-        base = self / head if head else self
-        found = []
-        for path in base._below():
-            relative = path.relative_to(self)
-            parts = zip(relative.parts, pattern.split("/"))
-            if len(relative.parts) == depth + 1 and all(fnmatch.fnmatchcase(part, want) for part, want in parts):
-                found.append(path)
+        """Objects and prefixes below that match; `*` stands for anything but a slash. One listing a folder matched."""
+        found = [self]
+        parts = pattern.split("/")
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            if not re.search(r"[*?\[]", part):
+                found = [path / part for path in found]
+                found = [path for path in found if not last or path.is_file()]
+                continue
+            matched = []
+            for path in found:
+                folders, objects = path.listing()
+                names = [*folders, *objects] if last else folders
+                matched += [name for name in names if fnmatch.fnmatchcase(name.name, part)]
+            found = matched
         return sorted(found)
 
     def rglob(self, pattern: str) -> list["ObjectPath"]:
-        """Objects anywhere below whose name matches."""
-        return sorted(path for path in self._below() if fnmatch.fnmatchcase(path.name, pattern))
+        """Objects anywhere below whose name matches; there are no folders among them."""
+        return sorted(path for path, _ in self.walk() if fnmatch.fnmatchcase(path.name, pattern))
 
     @property
     def _prefix(self) -> str | None:
         return f"{self._key}/" if self._key else None
 
-    def _below(self) -> Iterator["ObjectPath"]:
+    def walk(self) -> Iterator[tuple["ObjectPath", ObjectStat]]:
+        """Every object below and its facts, in the order of the keys, a thousand a request."""
         import obstore
 
         with _told(self):
-            for batch in obstore.list(bucket_store(self.bucket), self._prefix):
-                yield from (ObjectPath(self.bucket, item["path"]) for item in batch)
+            for batch in obstore.list(connection(self.bucket).requests, self._prefix):
+                yield from ((ObjectPath(self.bucket, item["path"]), _facts(item)) for item in batch)
+
+
+def _facts(item: Any) -> ObjectStat:
+    return ObjectStat(item["size"], item["last_modified"].timestamp(), item.get("e_tag"))
+
+
+class ObjectReader(io.RawIOBase):
+    """Reads through a window of one piece, so that reading in order is one request a piece."""
+
+    def __init__(self, path: ObjectPath):
+        self.path, self.facts = path, path.stat()
+        self._position, self._start, self._window = 0, 0, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.facts.st_size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        stop = self.facts.st_size if size is None or size < 0 else min(self._position + size, self.facts.st_size)
+        parts = []
+        while self._position < stop:
+            offset = self._position - self._start
+            if not 0 <= offset < len(self._window):
+                self._start, offset = self._position, 0
+                end = min(self._position + PIECE_BYTES, self.facts.st_size)
+                self._window = self.path.read_range(self._position, end, self.facts.e_tag)
+            parts.append(self._window[offset : offset + stop - self._position])
+            self._position += len(parts[-1])
+        return b"".join(parts)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 if TYPE_CHECKING:
     Place = Path  # an ObjectPath is used like a Path, by the methods that both have
 else:
     Place = Path | ObjectPath
+
+
+def as_object(place: Place) -> ObjectPath | None:
+    """The place as an object where it is one, for what only buckets can do; None for local paths."""
+    value: Any = place
+    return value if isinstance(value, ObjectPath) else None
 
 
 def parse_place(text: str | Place) -> Place:
@@ -216,31 +373,69 @@ def parse_place(text: str | Place) -> Place:
     return Path(text).expanduser().resolve()
 
 
-@functools.cache
-def bucket_store(bucket: str) -> Any:
+@dataclass(slots=True)
+class Connection:
+    """Two clients of a bucket (`uploads` waits longer), and what is known of it.
+
+    `conditional`: it keeps the conditions of a put. `entered`: stores in it that this process may write to, each with
+    the lock that it holds or None (see `store/bucket.py`).
+    """
+
+    requests: Any
+    uploads: Any
+    conditional: bool = True
+    entered: dict[str, Any] = field(default_factory=dict)
+
+
+def connection(bucket: str) -> Connection:
     """The connection to a bucket; endpoint, region and keys come from the AWS variables or the instance's role."""
+    return _connect(bucket, tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
+
+
+@functools.cache
+def _connect(bucket: str, variables: tuple[tuple[str, str], ...]) -> Connection:
     try:
         from obstore.store import S3Store
     except ImportError as error:
         raise StoreError("s3:// stores need the package obstore: pip install 'featstore[remote]'") from error
-    return S3Store(bucket)
+    plain = dict(variables).get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes")
+
+    def client(timeout: str) -> Any:
+        return S3Store(
+            bucket,
+            client_options={"connect_timeout": "3s", "timeout": timeout, "allow_http": plain},
+            # Refused connections, dropped ones and the server's own errors are asked again three times.
+            retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=10)},
+        )
+
+    return Connection(client("60s"), client("900s"))
 
 
-class _told:
-    """Turn what obstore raises into what the system raises for files."""
+@contextmanager
+def _told(path: ObjectPath, *passed: type[Exception]) -> Iterator[None]:
+    """Turn what obstore raises into what the system raises for files; `passed` go on as they are."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (FeatstoreError, *passed)):
+            raise
+        from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
-    def __init__(self, path: ObjectPath):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, (OSError, GeneratorExit)):
-            return
-        from obstore.exceptions import BaseError, NotFoundError
-
-        if isinstance(error, NotFoundError):
-            raise FileNotFoundError(2, "no such object", str(self.path)) from error
-        if isinstance(error, BaseError):
-            raise StoreError(f"{self.path}: the object store answers: {str(error).splitlines()[0]}") from error
+        text = str(error)
+        if "NoSuchBucket" in text:
+            raise StoreError(
+                f"{path}: the bucket {path.bucket!r} does not exist; create it, or check its name and AWS_ENDPOINT_URL"
+            ) from error
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(2, "no such object", str(path)) from error
+        if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)):
+            raise StoreError(
+                f"{path}: access denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may do here"
+            ) from error
+        if isinstance(error, (BaseError, OSError)):
+            reason = text.split("Debug source")[0].strip().splitlines()[0] if text.strip() else type(error).__name__
+            raise StoreError(
+                f"{path}: the object store cannot be used ({reason}); check AWS_ENDPOINT_URL, AWS_REGION, keys and "
+                "network, then run the same command again; what is committed stays"
+            ) from error
+        raise

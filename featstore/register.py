@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from featstore import files
 from featstore.configs import RegisterConfig
 from featstore.datasets import GENERATED, choose_adapter, manifest, read_source
 from featstore.datasets.manifest import Manifest
 from featstore.errors import ConfigError, ManifestError, UnknownNameError
-from featstore.objects import Place
+from featstore.objects import Place, as_object
 from featstore.store.catalog import Store
 from featstore.store.layout import check_store
 
@@ -27,7 +28,8 @@ def register(
             raise ConfigError(
                 f"`featstore register {name}` needs the folder of its images: featstore register {name} ROOT"
             )
-        root = store.path / "generated" / name
+        # Images lie on a disk, also where what is made of them does not.
+        root = (store.path if as_object(store.path) is None else files.user_cache()) / "generated" / name
     options = config.options(adapter)
     check_store(store.path, create=True)
     source = read_source(adapter, root, **options)

@@ -2,14 +2,13 @@
 
 import math
 import uuid
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from featstore import files
 from featstore.errors import CorruptError, StoreError
-from featstore.objects import Place
+from featstore.objects import Place, parse_place
 from featstore.records import machine, utc_now, versions
 from probes.tasks import Task
 
@@ -28,7 +27,7 @@ def _plain(value: Any) -> Any:
         return _plain(value.item())
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, Path):
+    if isinstance(value, Place):
         return str(value)
     return value
 
@@ -90,12 +89,12 @@ def load_predictions(record: dict[str, Any]) -> Any:
     Raises:
         CorruptError: the file is missing.
     """
-    import pyarrow.parquet as pq
-
-    path = Path(record["file"]).with_suffix(".parquet")
-    if not path.is_file():
-        raise CorruptError(f"{path}: the predictions of this record are missing")
-    return pq.read_table(path)
+    path = parse_place(record["file"]).with_suffix(".parquet")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CorruptError(f"{path}: the predictions of this record are missing") from error
+    return files.read_parquet(data)
 
 
 def prediction_columns(task: Task, scores: dict[str, np.ndarray]) -> dict[str, Any]:

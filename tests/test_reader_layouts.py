@@ -1,8 +1,11 @@
 """The reader beside zarr-python and tensorstore: other layouts, shards of other writers, speed; the benchmark runs."""
 
+import contextlib
 import json
 import os
 import pickle
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,8 +24,9 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
 from featstore.errors import ConfigError, CorruptError, StoreError
 from featstore.store.bfloat16 import register
+from featstore.store.mapped import MappedRows
 from featstore.store.reader import ShardedArray
-from featstore.store.shards import array_metadata
+from featstore.store.shards import ShardWriter, array_metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,8 +148,30 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ShardedArr
     array.close()
 
 
+@pytest.fixture(scope="module")
+def grids(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ShardedArray, Path]]:
+    folder = tmp_path_factory.mktemp("grids")
+    rows = np.random.default_rng(0).integers(0, 15000, (256, 196, 384), np.uint16).view(np.float16)
+    np.save(folder / "a.npy", rows)
+    array = store(folder / "a", rows, chunk_rows=2, shard_rows=128)
+    array.gather(np.arange(len(rows)))
+    yield array, folder / "a.npy"
+    array.close()
+
+
+def evict(*paths: Path) -> None:
+    """Drop files from the page cache; pages that are mapped stay."""
+    for path in paths:
+        for file in [path] if path.is_file() else path.rglob("*"):
+            if file.is_file():
+                descriptor = os.open(file, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(descriptor)
+
+
 class TestSpeed:
-    """Half of the floors that hold on a quiet machine: medians of interleaved pairs, a bad round is measured again."""
+    """Half of the floors of `benchmarks/bench_store.py`: medians of interleaved pairs, bad rounds measured again."""
 
     @staticmethod
     def hold(floor: float, measure: Callable[[], list[float]]) -> None:
@@ -161,7 +187,62 @@ class TestSpeed:
         plain = np.load(npy, mmap_mode="r")
         rows = np.random.default_rng(0).integers(0, len(array), (50, 256))
         batches = iter(np.tile(rows, (100, 1)))
-        self.hold(0.15, lambda: ratios(lambda: array.gather(next(batches)), lambda: plain[next(batches)], 30, 5))
+        self.hold(0.2, lambda: ratios(lambda: array.gather(next(batches)), lambda: plain[next(batches)], 30, 5))
+
+    @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the page cache cannot be emptied here")
+    def test_cold_gather(self, large: tuple[ShardedArray, Path], tmp_path: Path) -> None:
+        """Opening included, no page in memory; of copies, because the maps of the others hold their pages."""
+        array, npy = large
+        shutil.copytree(array.path, tmp_path / "a")
+        shutil.copy(npy, tmp_path / "a.npy")
+        rows = np.random.default_rng(0).integers(0, len(array), 256)
+
+        def pairs() -> list[float]:
+            found = []
+            for _ in range(5):
+                evict(tmp_path)
+                found += ratios(
+                    lambda: ShardedArray(tmp_path / "a").gather(rows),
+                    lambda: np.load(tmp_path / "a.npy", mmap_mode="r")[rows],
+                    1,
+                )
+            return found
+
+        evict(tmp_path)
+        with contextlib.closing(ShardedArray(tmp_path / "a")) as cold:
+            backend = cold._backend
+            assert isinstance(backend, MappedRows)
+            if not backend._is_cold(backend._open([0]), np.zeros(4, np.int64), rows[:4] * 1536):
+                pytest.skip("this file system keeps its files in memory")
+        self.hold(1.5, pairs)
+
+    def test_grids(self, grids: tuple[ShardedArray, Path]) -> None:
+        array, npy = grids
+        plain = np.load(npy, mmap_mode="r")
+        batches = iter(np.random.default_rng(0).integers(0, len(array), (1000, 16)))
+        self.hold(0.25, lambda: ratios(lambda: array.gather(next(batches)), lambda: plain[next(batches)], 30, 2))
+
+    def test_write(self, tmp_path: Path) -> None:
+        """One shard of 25 MB on disk for good, against plain writes of the same batches."""
+        rows = np.random.default_rng(0).integers(0, 15000, (16384, 768), np.uint16).view(np.float16)
+        batches = [rows[first : first + 512] for first in range(0, len(rows), 512)]
+        names = iter(range(1000))
+
+        def ours() -> None:
+            path = tmp_path / f"ours{next(names)}"
+            with ShardWriter(path, row_shape=(768,), dtype="float16", chunk_rows=256, shard_rows=16384) as writer:
+                for batch in batches:
+                    writer.append(batch)
+            path.unlink()
+
+        def plain() -> None:
+            with open(tmp_path / "plain", "wb", buffering=0) as file:
+                for batch in batches:
+                    file.write(batch.view(np.uint8).data)
+                os.fsync(file.fileno())
+            (tmp_path / "plain").unlink()
+
+        self.hold(0.22, lambda: ratios(ours, plain, 7))
 
     def test_gather_against_zarr(self, large: tuple[ShardedArray, Path]) -> None:
         array, _ = large
@@ -171,7 +252,7 @@ class TestSpeed:
 
     def test_load(self, large: tuple[ShardedArray, Path]) -> None:
         array, npy = large
-        self.hold(0.35, lambda: ratios(array.load, lambda: np.load(npy), 7))
+        self.hold(0.42, lambda: ratios(array.load, lambda: np.load(npy), 7))
 
     def test_opening_is_flat_in_rows(self, tmp_path: Path) -> None:
         store(tmp_path / "few", values(16))
@@ -192,16 +273,18 @@ assert not {{"zarr", "torch", "ml_dtypes"}} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_the_benchmark_runs(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks/bench_store.py"),
-        "--quick",
-        "--output",
-        str(tmp_path / "results"),
-    ]
+@pytest.mark.parametrize(
+    "rivals",
+    [
+        ["zarr_oindex"],
+        pytest.param([], marks=pytest.mark.slow, id="all"),
+    ],
+)
+def test_the_benchmark_runs(tmp_path: Path, rivals: list[str]) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/bench_store.py"), "--quick"]
+    command += ["--output", str(tmp_path / "results"), *(f"--rival={name}" for name in rivals)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=120, env={**os.environ, "TMPDIR": str(tmp_path)}
+        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "TMPDIR": str(tmp_path)}
     )
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
@@ -210,5 +293,20 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert json.loads(file.read_text()) == record
     assert file.name.startswith("store-")
     assert record["quick"] is True
+    cases = record["results"]["cases"]
     for case in ("gather_warm", "gather_cold", "load_warm", "slice_warm", "grids_gather_warm", "write_synced"):
-        assert record["results"]["cases"][case]["ours"]["median_seconds"] > 0
+        assert cases[case]["ours"]["median_seconds"] > 0
+    assert cases["gather_warm"]["ours"]["speed_to_zarr_oindex"] > 0
+    assert cases["load_warm"].keys() >= {"np_load", "ours", "zarr_oindex"}
+    floors = record["results"]["floors"]
+    assert len(floors) == 7
+    for floor in floors:
+        assert floor["holds"] == (floor["speed"] >= floor["floor"])
+        assert re.search(rf"{floor['case']} against {floor['rival']}: .*x, floor {floor['floor']}x", done.stderr)
+
+
+def test_the_benchmark_knows_its_rivals(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/bench_store.py"), "--quick", "--rival", "sqlite"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "unknown rival 'sqlite'; known: numpy, ours," in done.stderr

@@ -16,7 +16,7 @@ from featstore.errors import FeatstoreError
 from featstore.store import commits, ledger
 from featstore.store.catalog import Store
 from featstore.store.features import FeatureSet
-from featstore.store.verify import Verdict, repair_set, verify_set
+from featstore.store.verify import Repair, Verdict, repair_set, verify_set, verify_store
 
 MANIFEST = make_manifest(named(40))
 GROUP = "cls+patches"
@@ -134,8 +134,7 @@ def test_repair_makes_exactly_the_damaged_blocks_pending(
     assert [(item.group, item.block) for item in verdict.problems] == [(GROUP, 1)]
     assert what in verdict.problems[0].what
     assert verdict.problems[0].place == "patches/c/1/0/0"
-    store = Store(root)
-    assert repair_set(store.entry("demo/tiny"), verdict) == 1
+    assert repair_set(verdict).num_blocks == 1
     assert FeatureSet(set_folder(root), MANIFEST).pending().tolist() == [16 <= row < 32 for row in range(40)]
     assert check(root).ok
     write_missing(set_folder(root), 1, block_rows=16)
@@ -180,7 +179,7 @@ def test_a_damaged_marker_is_found_and_repaired(root: Path) -> None:
     path.write_bytes(b"{}")
     verdict = check(root, deep=False)
     assert [(item.place, item.block) for item in verdict.problems] == [(f"commits/{GROUP}/00000002.json", 2)]
-    repair_set(Store(root).entry("demo/tiny"), verdict)
+    repair_set(verdict)
     assert commits.committed_blocks(set_folder(root), GROUP) == {0, 1}
 
 
@@ -202,7 +201,7 @@ def test_metadata_is_checked_and_written_again(root: Path) -> None:
         verdict = check(root)
         assert [(item.place, item.group) for item in verdict.problems] == [("data.zarr/cls/zarr.json", None)]
         assert "--repair or the next extract writes it again" in verdict.problems[0].what
-        assert repair_set(Store(root).entry("demo/tiny"), verdict) == 0
+        assert repair_set(verdict) == Repair(0, 1, [])
         assert path.read_bytes() == held
 
 
@@ -277,3 +276,46 @@ def test_ledger_and_spec_damage_ends_in_one_finding(root: Path) -> None:
     assert [item.place for item in verify_set(store, entry).problems] == ["spec or ledger"]
     (entry.folder / "spec.json").unlink()
     assert [item.place for item in verify_set(store, entry).problems] == ["spec or ledger"]
+
+
+def test_one_damaged_spec_is_one_finding_and_the_others_are_checked(root: Path) -> None:
+    other = prepare(root, make_spec_of(model="other"), MANIFEST, [CLS])
+    write_missing(other, 1, block_rows=16)
+    damaged = set_folder_of(root, "tiny") / "spec.json"
+    damaged.write_bytes(b"{")
+    (root / "datasets" / "demo" / "current").write_bytes(b"0123abcd\n")
+    (other / "data.zarr" / "cls" / "c" / "0" / "0").unlink()
+    verdicts = {verdict.folder: verdict for verdict in verify_store(Store(root))}
+    found = {folder.name.split("@")[0]: [item.place for item in found.problems] for folder, found in verdicts.items()}
+    assert found == {"datasets": ["datasets/demo/current"], "tiny": ["spec or ledger"], "other": ["cls/c/0/0"]}
+    assert (
+        "does not name a manifest of this data set; register it again" in verdicts[root / "datasets"].problems[0].what
+    )
+    damaged.unlink()
+    (problem,) = next(item for item in verify_store(Store(root)) if item.folder == damaged.parent).problems
+    assert problem.what == "spec.json is missing; restore it from a copy, or remove the folder"
+    assert repair_set(verdicts[other]) == Repair(1, 0, [])
+    assert repair_set(verdicts[root / "datasets"]).left == verdicts[root / "datasets"].problems
+
+
+def set_folder_of(root: Path, model: str) -> Path:
+    return next((root / "sets" / "demo").glob(f"{model}@*"))
+
+
+def test_lost_seals_mappings_and_ledger_entries_are_found(root: Path) -> None:
+    folder = set_folder(root)
+    path = ledger.rows_path(folder, MANIFEST.short)
+    ledger.seal_path(path).unlink()
+    (problem,) = check(root, deep=False).problems
+    assert problem.what == "agrees with its manifest and is not sealed; --repair or the next extract does it"
+    assert repair_set(check(root)) == Repair(0, 1, [])
+    assert check(root).ok
+    path.unlink()
+    (problem,) = check(root, deep=False).problems
+    assert problem.what == "is missing though rows of its manifest are committed; the next extract writes it again"
+    ledger.add_rows(folder, MANIFEST, dict)
+    assert check(root).ok
+    ledger.entry_path(folder, 0).rename(root / "kept")
+    ledger.entry_path(folder, 1).rename(ledger.entry_path(folder, 0))
+    places = {item.place: item.what for item in check(root, deep=False).problems}
+    assert "the ledger does not know: its last entry is lost" in places[f"commits/{GROUP}"]

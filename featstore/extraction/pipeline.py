@@ -7,36 +7,41 @@ written do not depend on what was done before, by whom, or how often it was inte
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from featstore import files, records
 from featstore.backbones.tokens import Backbone, Tokens
 from featstore.configs import RunConfig, parse_share
 from featstore.datasets.manifest import MISSING, check_unchanged
-from featstore.errors import ConfigError, DeviceError, FeatstoreError
+from featstore.errors import ConfigError, DeviceError, FeatstoreError, StoreError
 from featstore.extraction.loader import GONE, Batch, Job, Loader
 from featstore.extraction.plan import Plan
 from featstore.extraction.prepare import is_prepared, prepare
+from featstore.extraction.reduce import Reducer, settle, summary_line
 from featstore.images import to_pixels
-from featstore.store import commits, ledger
+from featstore.store import commits, ledger, reductions
 from featstore.store.commits import BlockWriter
-from featstore.store.layout import ArraySpec
+from featstore.store.diff import as_tokens, parity_limit, parity_of, row_differences
+from featstore.store.layout import ArraySpec, read_spec
 from featstore.store.reader import ShardedArray
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Largest difference, relative to the row's own norm, that another machine, kernel or batch size may cause.
-PARITY = {"float32": 5e-3, "bfloat16": 5e-2, "float16": 2e-2}
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 @dataclass(slots=True)
 class Summary:
-    """What one run did to one set."""
+    """What one run did to one set; `notes` are lines to print, such as the loss of reductions it created."""
 
     name: str
     computed: int = 0
@@ -46,6 +51,7 @@ class Summary:
     batch_size: int = 0
     device: str = ""
     reasons: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def choose_device(asked: str) -> str:
@@ -75,10 +81,12 @@ def extract(
     *,
     backbone: Backbone | None = None,
     advance: Callable[[int, int], None] = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Summary:
     """Compute and commit every missing block of a plan.
 
-    `advance(images, failed)` is called after each batch. `backbone` saves loading the same network twice.
+    `advance(images, failed)` is called after each batch, `say(line)` before work that is not part of any batch.
+    `backbone` saves loading the same network twice.
 
     Raises:
         FeatstoreError: files changed, too many failures, an overflow, or results that do not match what is committed.
@@ -91,13 +99,18 @@ def extract(
         return summary
     sizes = plan.manifest.table.column("size").to_numpy()
     check_unchanged(plan.manifest, plan.todo[sizes[plan.todo] != MISSING])
-    prepare(plan)
     device = choose_device(run.device)
+    if reductions.steps_of(plan.spec):
+        # Parameters come from a forward pass and must be there before the set is.
+        backbone = backbone or load_backbone(plan, run, device)
+        summary.notes = _create_reduced(plan, run, device, backbone, say)
+        plan = replace(plan, spec=read_spec(plan.folder))
+    else:
+        prepare(plan)
     worker = _Worker(plan, run, device, backbone or load_backbone(plan, run, device))
     summary.device, summary.batch_size = device, worker.batch_size
     worker.guard()
-    for group, arrays in worker.groups():
-        worker.compute(group, arrays, summary, advance)
+    worker.compute(summary, advance)
     summary.seconds = time.monotonic() - started
     _write_run(plan, run, summary)
     commits.sweep_attempts(plan.folder, older_than=commits.STALE_SECONDS)
@@ -111,6 +124,42 @@ def load_backbone(plan: Plan, run: RunConfig, device: str) -> Backbone:
     )
 
 
+def _batch_size(plan: Plan, run: RunConfig, device: str) -> int:
+    tokens = plan.source.architecture.num_tokens(plan.preprocess.height, plan.preprocess.width)
+    rows_per_block = int(plan.spec["layout"]["block_rows"])
+    return min(run.batch_size or default_batch_size(tokens, device), rows_per_block)
+
+
+def _num_workers(run: RunConfig) -> int:
+    return run.workers or int(records.machine()["cores"] or 1)
+
+
+def _forward(plan: Plan, device: str, backbone: Backbone, pixels: Tensor, layers: tuple[int, ...]) -> Tokens:
+    """Tokens of stacked images."""
+    if device.startswith("cuda"):
+        pixels = pixels.pin_memory()
+    dtype = TORCH_DTYPES[plan.spec["identity"]["compute_dtype"]]
+    return backbone(to_pixels(pixels, plan.preprocess, device=device, dtype=dtype), layers=layers)
+
+
+def _create_reduced(
+    plan: Plan, run: RunConfig, device: str, backbone: Backbone, say: Callable[[str], None]
+) -> list[str]:
+    """`prepare` for a set with reductions: settle those of new arrays first; returns their losses as lines."""
+
+    def forward(images: np.ndarray) -> Tokens:
+        with torch.inference_mode():
+            return _forward(plan, device, backbone, torch.from_numpy(images), plan.layers)
+
+    settled = settle(plan, forward, batch_size=_batch_size(plan, run, device), workers=_num_workers(run), say=say)
+    prepare(settled.plan)
+    held = read_spec(plan.folder)
+    if settled.parameters is not None:
+        reductions.drop_unnamed(plan.folder, held, settled.parameters)
+    found = {name: reductions.read_reduction(plan.folder, held, name) for name in settled.arrays}
+    return [summary_line(reduction, name) for name, reduction in found.items() if reduction is not None]
+
+
 class _Worker:
     """One process at work on one set."""
 
@@ -119,65 +168,93 @@ class _Worker:
         self.ledger = ledger.read_ledger(plan.folder)
         self.rows_per_block = int(plan.spec["layout"]["block_rows"])
         self.row_index: Int64[np.ndarray, " N"] = ledger.read_rows(plan.folder, plan.manifest.short)
-        size = plan.preprocess
-        tokens = plan.source.architecture.num_tokens(size.height, size.width)
-        self.batch_size = min(run.batch_size or default_batch_size(tokens, device), self.rows_per_block)
+        self.ranges = {block: (start, stop) for block, start, stop in self.ledger.blocks(self.rows_per_block)}
+        self.batch_size = _batch_size(plan, run, device)
         self.counted: set[int] = set()
-        self.workers = run.workers or int(records.machine()["cores"] or 1)
+        self.workers = _num_workers(run)
+        self.reducers: dict[str, Reducer] = {}
+        for arrays in self.groups().values():
+            for array in arrays:
+                reduction = reductions.read_reduction(plan.folder, plan.spec, array.name)
+                if reduction is not None:
+                    self.reducers[array.name] = Reducer(reduction, device)
 
-    def groups(self) -> list[tuple[str, list[ArraySpec]]]:
+    def groups(self) -> dict[str, list[ArraySpec]]:
         """Array groups that hold something the plan asks for."""
         wanted = {array.name for array in self.plan.arrays}
-        return [
-            (name, arrays) for name, arrays in self.ledger.groups.items() if wanted & {item.name for item in arrays}
-        ]
+        return {name: arrays for name, arrays in self.ledger.groups.items() if wanted & {item.name for item in arrays}}
 
-    def jobs(self, group: str) -> tuple[list[Job], dict[int, tuple[int, int]]]:
-        """Batches of every block that is not committed, and the row range of each block."""
-        done = commits.committed_blocks(self.plan.folder, group)
-        if self.run.retry_failed:
-            done -= {block for block in done if commits.read_commit(self.plan.folder, group, block).failed}
+    def jobs(self) -> dict[tuple[str, ...], list[Job]]:
+        """Batches of every block that is not committed, by the array groups that lack the block.
+
+        One pass over the images serves all groups that lack them. Where batches are cut depends on the block alone.
+        """
+        done = {}
+        for group in self.groups():
+            done[group] = commits.committed_blocks(self.plan.folder, group)
+            if self.run.retry_failed:
+                failed = {block for block in done[group] if commits.read_commit(self.plan.folder, group, block).failed}
+                done[group] -= failed
         position = {int(row): i for i, row in enumerate(self.row_index)}
-        jobs, ranges = [], {}
+        jobs: dict[tuple[str, ...], list[Job]] = {}
         for block, start, stop in self.ledger.blocks(self.rows_per_block):
+            lacking = tuple(group for group in done if block not in done[group])
             # Rows that only an older manifest has are not here to be read any more.
-            if block in done or not any(row in position for row in range(start, stop)):
+            if not lacking or not any(row in position for row in range(start, stop)):
                 continue
-            ranges[block] = (start, stop)
             for first in range(start, stop, self.batch_size):
                 rows = range(first, min(first + self.batch_size, stop))
-                jobs.append(Job(block, tuple(position.get(row, GONE) for row in rows)))
-        return jobs, ranges
+                jobs.setdefault(lacking, []).append(Job(block, tuple(position.get(row, GONE) for row in rows)))
+        return jobs
 
-    def compute(
-        self, group: str, arrays: list[ArraySpec], summary: Summary, advance: Callable[[int, int], None]
+    def compute(self, summary: Summary, advance: Callable[[int, int], None]) -> None:
+        """Extract and commit all missing blocks."""
+        jobs = self.jobs()
+        images = {row for items in jobs.values() for job in items for row in job.rows} - {GONE}
+        allowed = parse_share(self.run.max_failed) * len(images)
+        for groups, items in jobs.items():
+            self._pass(groups, items, summary, allowed, advance)
+
+    def _pass(
+        self,
+        groups: tuple[str, ...],
+        jobs: list[Job],
+        summary: Summary,
+        allowed: float,
+        advance: Callable[[int, int], None],
     ) -> None:
-        """Extract and commit all missing blocks of one array group."""
-        jobs, ranges = self.jobs(group)
-        allowed = parse_share(self.run.max_failed) * len({row for job in jobs for row in job.rows} - {GONE})
-        writer: BlockWriter | None = None
+        """One pass over the images of some blocks, for all arrays of some groups."""
+        arrays = [array for group in groups for array in self.ledger.groups[group]]
+        writers: list[BlockWriter] = []
         with Loader(self.plan.manifest, self.plan.preprocess, jobs, workers=self.workers) as loader:
             try:
                 for batch in loader:
-                    if writer is None or writer.block != batch.job.block:
-                        start, stop = ranges[batch.job.block]
-                        writer = BlockWriter(
-                            self.plan.folder, group, arrays, batch.job.block, start, stop, self.rows_per_block
-                        )
-                        writer.__enter__()
-                    writer.append(self.embed(batch, arrays), batch.states)
+                    if not writers:
+                        writers = [self._writer(group, batch.job.block) for group in groups]
+                        for writer in writers:
+                            writer.__enter__()
+                    rows = self.embed(batch, arrays)
+                    for writer in writers:
+                        writer.append({array.name: rows[array.name] for array in writer.arrays}, batch.states)
                     self._count(batch, summary, allowed)
                     advance(len(batch.states), sum(state.reason is not None for state in batch.states))
-                    if writer.done:
-                        if self.run.retry_failed:  # only now that the new rows are there
-                            commits.take_back(self.plan.folder, group, arrays, writer.block, self.rows_per_block)
-                        writer.commit()
-                        writer.__exit__()
-                        writer = None
+                    while writers and writers[0].done:
+                        self._commit(writers[0])
+                        writers.pop(0).__exit__()
                         summary.blocks += 1
             finally:
-                if writer is not None:
+                for writer in writers:
                     writer.__exit__()
+
+    def _writer(self, group: str, block: int) -> BlockWriter:
+        start, stop = self.ranges[block]
+        arrays = self.ledger.groups[group]
+        return BlockWriter(self.plan.folder, group, arrays, block, start, stop, self.rows_per_block)
+
+    def _commit(self, writer: BlockWriter) -> None:
+        if self.run.retry_failed:  # only now that the new rows are there
+            commits.take_back(self.plan.folder, writer.group, writer.arrays, writer.block, self.rows_per_block)
+        writer.commit()
 
     def _count(self, batch: Batch, summary: Summary, allowed: float) -> None:
         # An image counts once, however many array groups it is read for; a sample that left the data set does not.
@@ -196,28 +273,42 @@ class _Worker:
             )
 
     def embed(self, batch: Batch, arrays: list[ArraySpec]) -> dict[str, np.ndarray]:
-        """Rows of every array for one batch; NaN where the image failed."""
+        """Rows of every array for one batch; where the image failed NaN, or zero in arrays of integers."""
         count = len(batch.states)
         failed = np.array([state.reason is not None for state in batch.states])
         if failed.all():
-            return {array.name: _nan_rows(array, count) for array in arrays}
+            return {array.name: _empty_rows(array, count) for array in arrays}
         pixels = torch.from_numpy(batch.pixels)
         if count < self.batch_size:  # one shape a run: kernels and rounding stay the same at the tail
             pixels = torch.cat([pixels, pixels.new_zeros((self.batch_size - count, *pixels.shape[1:]))])
-        if self.device.startswith("cuda"):
-            pixels = pixels.pin_memory()
+        layers = {int(array.name.split("/")[1]) for array in arrays if "/" in array.name}
         with torch.inference_mode():
-            inputs = to_pixels(
-                pixels,
-                self.plan.preprocess,
-                device=self.device,
-                dtype=TORCH_DTYPES[self.plan.spec["identity"]["compute_dtype"]],
-            )
-            tokens = self.backbone(inputs, layers=self.plan.layers)
-            rows = {array.name: _to_rows(pick(tokens, array.name)[:count], array) for array in arrays}
+            tokens = _forward(self.plan, self.device, self.backbone, pixels, tuple(sorted(layers)))
+            rows = {}
+            for array in arrays:
+                values = pick(tokens, array.name)[:count]
+                if array.name in self.reducers:
+                    values = self._reduce(values, array.name, batch, failed)
+                rows[array.name] = _to_rows(values, array)
         for array in arrays:
-            rows[array.name][failed] = _nan_rows(array, 1)[0]
+            rows[array.name][failed] = _empty_rows(array, 1)[0]
         return rows
+
+    def _reduce(self, values: Tensor, name: str, batch: Batch, failed: Bool[np.ndarray, " B"]) -> Tensor:
+        """Patches made smaller; integers cannot say that something was not finite, so that is checked here."""
+        reducer = self.reducers[name]
+        reduced = reducer.floats(values)
+        if not reducer.reduction.is_int8:
+            return reduced
+        whole = torch.isfinite(reduced).flatten(1).all(1).cpu().numpy()
+        bad = np.flatnonzero(~whole & ~failed)
+        if len(bad):
+            row = int(self.row_index[batch.job.rows[int(bad[0])]])
+            raise StoreError(
+                f"{name}: row {row} holds infinity or NaN, which int8 cannot keep; nothing of this block is committed; "
+                "check the weights and the compute dtype"
+            )
+        return reducer.quantised(reduced)
 
     def guard(self) -> None:
         """Recompute two committed rows before adding to a set: other weights, code or kernels must not slip in.
@@ -225,7 +316,7 @@ class _Worker:
         Raises:
             ConfigError: they differ by more than rounding can explain.
         """
-        for group, arrays in self.groups():
+        for group, arrays in self.groups().items():
             blocks = sorted(commits.committed_blocks(self.plan.folder, group))
             position = {int(row): i for i, row in enumerate(self.row_index)}
             rows: list[int] = []
@@ -243,20 +334,18 @@ class _Worker:
             fresh = self.embed(batch, arrays)
             for array in arrays:
                 held = ShardedArray(self.plan.folder / "data.zarr" / array.name).gather(np.array(rows))
-                difference = relative_difference(_as_float(held, array), _as_float(fresh[array.name], array))
-                limit = PARITY[self.plan.spec["identity"]["compute_dtype"]]
+                reduction = self.reducers[array.name].reduction if array.name in self.reducers else None
+                before = as_tokens(held, reduction)
+                # bfloat16 rows travel as bits; what is held has the type that reads them.
+                after = as_tokens(fresh[array.name].view(held.dtype), reduction)
+                difference = float(row_differences(before, after).max())
+                limit = parity_limit(parity_of(self.plan.spec), before, reduction)
                 if not difference <= limit:
                     raise ConfigError(
                         f"{self.plan.name}: recomputing committed rows of {array.name} gives a relative difference of "
                         f"{difference:.2g}, more than {limit}; this machine or software would mix other numbers into "
                         "the set; use the device and versions that `featstore info` lists, or a new set (--name)"
                     )
-
-
-def relative_difference(held: Float[np.ndarray, "..."], fresh: Float[np.ndarray, "..."]) -> float:
-    """Largest over the rows of |held - fresh| / |held| in the 2-norm."""
-    a, b = held.reshape(len(held), -1).astype(np.float64), fresh.reshape(len(fresh), -1).astype(np.float64)
-    return float((np.linalg.norm(a - b, axis=1) / np.maximum(np.linalg.norm(a, axis=1), 1e-12)).max())
 
 
 def pick(tokens: Tokens, name: str) -> Float[Tensor, "..."]:
@@ -276,14 +365,10 @@ def _to_rows(values: Tensor, array: ArraySpec) -> np.ndarray:
     return cast.numpy()
 
 
-def _nan_rows(array: ArraySpec, count: int) -> np.ndarray:
-    return _to_rows(torch.full((count, *array.row_shape), float("nan")), array)
-
-
-def _as_float(values: np.ndarray, array: ArraySpec) -> np.ndarray:
-    if array.dtype == "bfloat16":
-        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
+def _empty_rows(array: ArraySpec, count: int) -> np.ndarray:
+    """Rows of failed images."""
+    empty = 0.0 if array.dtype == "int8" else float("nan")
+    return _to_rows(torch.full((count, *array.row_shape), empty), array)
 
 
 def _write_run(plan: Plan, run: RunConfig, summary: Summary) -> None:

@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from featstore import files
 from featstore.backbones import BackboneSource, describe
-from featstore.configs import RunConfig, SetConfig, parse_layers, parse_tokens
+from featstore.configs import RunConfig, SetConfig, parse_layers, parse_reduce, parse_tokens
 from featstore.datasets.manifest import Manifest
 from featstore.errors import ConfigError, IncompleteError
 from featstore.images import PreprocessSpec, fit_size, parse_resolution
 from featstore.images.preprocess import hf_size
-from featstore.objects import Place
-from featstore.store import commits, ledger
+from featstore.objects import Place, as_object
+from featstore.store import commits, ledger, reductions
 from featstore.store.catalog import Store
-from featstore.store.layout import ArraySpec, block_rows, make_spec, read_spec, set_folder, set_name
+from featstore.store.layout import ITEMSIZE, ArraySpec, block_rows, make_spec, read_spec, set_folder, set_name
+from featstore.store.reductions import Reduction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,32 @@ def set_arrays(
     return [ArraySpec(name=name, row_shape=shapes[name.rsplit("/", 1)[-1]], dtype=config.dtype) for name in names], kept
 
 
+def reduced_arrays(
+    arrays: list[ArraySpec], steps: tuple[str, ...], grid: tuple[int, int], dim: int
+) -> tuple[list[ArraySpec], list[str]]:
+    """(the arrays as `--reduce` leaves them, lines to print about it).
+
+    Raises:
+        ConfigError: more principal components than the network has dimensions.
+    """
+    if not steps:
+        return arrays, []
+    reduction = Reduction(steps=steps, grid=grid, dim=dim, dtype="float32")
+    if (reduction.components or 0) > dim:
+        raise ConfigError(
+            f"--reduce pca:{reduction.components}: tokens of this network have {dim} dimensions; ask for fewer"
+        )
+    kept = [reduction.array(array) if reductions.is_reduced(array.name, steps) else array for array in arrays]
+    notes = []
+    if any(side % reduction.cell for side in grid):
+        rows, columns = reduction.kept_grid
+        notes.append(
+            f"a grid of {grid[0]}x{grid[1]} becomes {rows}x{columns} by pool{reduction.cell}: the last cells average "
+            "the patches that are left"
+        )
+    return kept, notes
+
+
 def cuda_driver() -> bool:
     """Whether the system has an NVIDIA driver at all; where not, importing torch to ask is saved."""
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version"))
@@ -169,6 +197,9 @@ def make_plan(
         source = describe_backbone(store, config)
     resolution, pixels, notes = set_resolution(config, source)
     arrays, layers = set_arrays(source, pixels, config)
+    steps = parse_reduce(config.reduce)
+    grid, dim = source.architecture.grid(*pixels), source.architecture.embed_dim
+    arrays, lines = reduced_arrays(arrays, steps, grid, dim)
     published = config.geometry == "hf"  # then the processor settles mean and std too
     preprocess = PreprocessSpec(
         geometry=config.geometry,
@@ -184,7 +215,7 @@ def make_plan(
         "preprocess": preprocess.as_dict(),
         "pos_interp": source.pos_interp,
         "stored_dtype": config.dtype,
-        "reductions": {},
+        "reductions": reductions.identity_of(steps),
     }
     identity["compute_dtype"] = resolve_compute_dtype(
         store,
@@ -194,7 +225,10 @@ def make_plan(
         device=run.device,
     )
     tokens = source.architecture.num_tokens(*pixels) + 1  # all final tokens and the mean
-    per_row = tokens * source.architecture.embed_dim * arrays[0].row_bytes // max(1, int(np.prod(arrays[0].row_shape)))
+    if steps:
+        tokens -= grid[0] * grid[1]
+    per_row = tokens * dim * ITEMSIZE[config.dtype]
+    per_row += next((array.row_bytes for array in arrays if reductions.is_reduced(array.name, steps)), 0)
     spec = make_spec(
         dataset=dataset,
         model=config.name or source.name,
@@ -215,7 +249,7 @@ def make_plan(
         arrays=arrays,
         layers=layers,
         missing=missing_rows(folder, manifest, arrays, spec, retry_failed=run.retry_failed),
-        notes=notes,
+        notes=notes + lines,
     )
 
 
@@ -225,7 +259,7 @@ def describe_backbone(store: Store, config: SetConfig) -> BackboneSource:
         config.model,
         weights=config.weights,
         random_weights=config.random_weights,
-        digest_cache=store.path / "cache" / "weights.json",
+        digest_cache=(store.path if as_object(store.path) is None else files.user_cache()) / "cache" / "weights.json",
     )
 
 
@@ -267,7 +301,9 @@ def missing_rows(
             group = book.group_of(array.name)
             done = commits.committed_blocks(folder, group)
             if retry_failed:
-                done = {block for block in done if not commits.read_commit(folder, group, block).failed}
+                done = {
+                    block for block, commit in commits.read_commits(folder, group, done).items() if not commit.failed
+                }
         missing[array.name] = everything[~np.isin(rows // size, np.fromiter(done, np.int64, len(done)))]
     return missing
 
@@ -276,8 +312,7 @@ def committed_contents(folder: Place) -> dict[int, str]:
     """Content hash of every committed row of a set."""
     found: dict[int, str] = {}
     for group in ledger.read_ledger(folder).groups:
-        for block in sorted(commits.committed_blocks(folder, group)):
-            commit = commits.read_commit(folder, group, block)
+        for _, commit in sorted(commits.read_commits(folder, group).items()):
             for row in range(commit.start, commit.stop):
                 found.setdefault(row, commit.content(row))
     return found

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from featstore import files
 from featstore.datasets import manifest as manifests
 from featstore.datasets.manifest import Manifest
 from featstore.errors import FeatstoreError, StoreError, UnknownNameError
-from featstore.objects import Place
+from featstore.objects import Place, as_object
+from featstore.store.bucket import enter
 from featstore.store.features import FeatureSet
 from featstore.store.layout import check_store, differences, read_spec, set_name, store_path
 
@@ -161,6 +163,10 @@ class Store:
     def remove(self, selector: str) -> Place:
         """Delete one set; the data set and its images stay. Returns the folder that is gone."""
         folder = self.entry(selector).folder
+        if as_object(folder) is not None:
+            enter(self.path)
+            files.remove_tree(folder, first="spec.json")  # without which it is no set
+            return folder
         for left in folder.parent.glob(".removing-*"):  # by a removal that was killed
             shutil.rmtree(left, ignore_errors=True)
         doomed = folder.with_name(f".removing-{uuid.uuid4().hex}")
@@ -186,7 +192,7 @@ class Store:
         folder = self.datasets_folder / dataset
         try:
             (folder / "current").unlink()  # forgotten at once, then emptied
-            shutil.rmtree(folder)
+            files.remove_tree(folder)
         except OSError as error:
             raise StoreError(f"{folder}: cannot remove ({error.strerror}); check its owner and access") from error
         return folder

@@ -8,23 +8,45 @@ folder, which is gone once the block is marked. All arrays of a block come from 
 """
 
 import contextlib
-import os
 import shutil
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool
 
 from featstore import files
 from featstore.errors import CorruptError, StoreError
-from featstore.objects import Place
+from featstore.objects import Place, ReplacedError, as_object
+from featstore.store import remote
+from featstore.store.bucket import enter, renew
+from featstore.store.decisions import (
+    decide,
+    decided,
+    decided_attempts,
+    drop_damaged,
+    is_marked,
+    mark,
+    markers,
+    open_intents,
+    read_marker,
+    settle,
+    stands,
+    unmark,
+)
+from featstore.store.decisions import group_folder as group_folder
+from featstore.store.decisions import intent_path as intent_path
+from featstore.store.decisions import marker_path as marker_path
 from featstore.store.layout import ArraySpec
 from featstore.store.ledger import Ledger
 from featstore.store.shards import ShardSummary, ShardWriter, read_summary, shard_key
 
 HASH_HEX = 32  # 128 bits of SHA-256 a row: enough to tell contents apart, small enough to keep in the marker
 MARKER = "marker.json"
+READERS = 16  # markers read at once from a bucket
 STALE_SECONDS = 3600.0  # an attempt untouched for an hour has no living writer
 
 
@@ -54,31 +76,46 @@ class Commit:
         return self.contents[offset : offset + HASH_HEX]
 
 
-def group_folder(folder: Place, group: str) -> Place:
-    return folder / "commits" / group
-
-
-def marker_path(folder: Place, group: str, block: int) -> Place:
-    return group_folder(folder, group) / f"{block:08d}.json"
-
-
-def committed_blocks(folder: Place, group: str) -> set[int]:
-    """Blocks that have a marker, by one listing of a folder."""
-    try:
-        names = os.listdir(group_folder(folder, group))
-    except FileNotFoundError:
-        return set()
-    return {int(name[:8]) for name in names if len(name) == 13 and name.endswith(".json")}
-
-
 def read_commit(folder: Place, group: str, block: int) -> Commit:
     """Read and check one marker.
 
     Raises:
         CorruptError: it is damaged.
     """
-    path = marker_path(folder, group, block)
-    value = files.unseal(path.read_bytes(), path)
+    return _parse_commit(read_marker(folder, group, block), marker_path(folder, group, block))
+
+
+def read_commits(folder: Place, group: str, blocks: Iterable[int] | None = None) -> dict[int, Commit]:
+    """The markers of these blocks, or of all that are committed; those taken back just now are left out.
+
+    In a bucket they are read many at once, and each only the first time: after that the local read cache has it.
+
+    Raises:
+        CorruptError: one is damaged.
+    """
+    held = markers(folder, group)
+    wanted = sorted(held if blocks is None else held.keys() & set(blocks))
+
+    def one(block: int) -> Commit | None:
+        path = marker_path(folder, group, block)
+        try:
+            if as_object(path) is None:
+                return read_commit(folder, group, block)
+            with contextlib.suppress(CorruptError):  # damage in the cache is no damage in the bucket
+                return _parse_commit(remote.cached_bytes(path, held[block]), path)
+            return read_commit(folder, group, block)
+        except (FileNotFoundError, ReplacedError):
+            return None
+
+    if as_object(folder) is None:
+        return {block: commit for block in wanted if (commit := one(block)) is not None}
+    with ThreadPoolExecutor(READERS) as pool:
+        found = pool.map(one, wanted)
+        return {block: commit for block, commit in zip(wanted, found) if commit is not None}
+
+
+def _parse_commit(data: bytes, path: Place) -> Commit:
+    value = files.unseal(data, path)
     return Commit(
         block=value["block"],
         start=value["start"],
@@ -90,20 +127,18 @@ def read_commit(folder: Place, group: str, block: int) -> Commit:
     )
 
 
-def intent_path(folder: Place, group: str, block: int) -> Place:
-    return group_folder(folder, group) / f"{block:08d}.intent"
-
-
-def _decided(intent: Place) -> str:
-    """The attempt that an intent names."""
-    return str(files.unseal(intent.read_bytes(), intent)["files"])
+def committed_blocks(folder: Place, group: str) -> set[int]:
+    """Blocks that have a marker, by one listing of a folder."""
+    return set(markers(folder, group))
 
 
 @dataclass(slots=True)
 class BlockWriter:
     """Streams the rows of one block into shards and commits them.
 
-    Use as a context manager: leaving it without a decision removes everything this attempt wrote.
+    Use as a context manager: leaving it without a decision removes everything this attempt wrote. Memory is a chunk
+    an array. In a bucket the block's shards stand in the user's cache folder until `commit` uploads them: disk of one
+    block, all arrays of the group together, and no memory but the system's cache of those files.
     """
 
     folder: Place
@@ -118,8 +153,13 @@ class BlockWriter:
     _summaries: dict[tuple[str, int], ShardSummary] = field(default_factory=dict)
     _position: int = 0
     _states: list[RowState] = field(default_factory=list)
+    _scratch: Path | None = None
 
     def __enter__(self) -> "BlockWriter":
+        enter(self.folder.parents[2])
+        if as_object(self.folder) is not None:
+            with files.writing(files.user_cache()):
+                self._scratch = files.scratch_folder()
         with files.writing(self.home):
             files.make_folder(self.home)
         return self
@@ -129,14 +169,15 @@ class BlockWriter:
         with contextlib.suppress(OSError):
             for writer in self._writers.values():
                 writer.discard()
+            if self._scratch is not None:
+                shutil.rmtree(self._scratch, ignore_errors=True)
             if not self._holds_intent():
                 _retire(self.home)
 
     def _holds_intent(self) -> bool:
         try:
-            return _decided(intent_path(self.folder, self.group, self.block)) == self.attempt
-        except FileNotFoundError:
-            return False
+            intent = decided(self.folder, self.group, self.block)
+            return intent is not None and intent.attempt == self.attempt
         except OSError:
             return True  # whose it is cannot be told, so nothing is removed
 
@@ -163,7 +204,7 @@ class BlockWriter:
             values = rows[array.name]
             assert len(values) == len(states), f"{array.name}: {len(values)} rows and {len(states)} states"
             check_finite(array, values, failed, self.start + self._position)
-            with files.writing(self.home):
+            with files.writing(self._scratch or self.home):
                 self._append_array(array, values)
         self._position += len(states)
         self._states += states
@@ -178,7 +219,7 @@ class BlockWriter:
             key = (array.name, shard)
             if key not in self._writers:
                 self._writers[key] = ShardWriter(
-                    self.home / attempt_file(array.name, shard),
+                    (self._scratch or self.home) / attempt_file(array.name, shard),
                     row_shape=array.row_shape,
                     dtype=array.dtype,
                     chunk_rows=chunk_rows,
@@ -199,16 +240,30 @@ class BlockWriter:
             raise StoreError(
                 f"block {self.block}: {self._position} of {self.stop - self.start} rows written; not committed"
             )
-        marker = marker_path(self.folder, self.group, self.block)
+        place = self.folder, self.group, self.block
+        renew(self.folder.parents[2])
         with files.writing(self.home):
+            self._upload()
             own = self._write_marker()
-            while not marker.exists():
+            while not is_marked(*place):
                 self._check_present()
-                intent = intent_path(self.folder, self.group, self.block)
-                files.create_exclusive(intent, files.sealed({"files": self.attempt}))
+                decide(*place, self.attempt)
                 if finish_block(self.folder, self.group, self.arrays, self.block, self.rows_per_block):
                     break
-            return marker.exists() and marker.read_bytes() == own
+            try:
+                return read_marker(*place) == own
+            except FileNotFoundError:  # taken back just now
+                return False
+
+    def _upload(self) -> None:
+        """Bring the shards to the bucket; each local file goes when it is there."""
+        if self._scratch is None:
+            return
+        for name, shard in sorted(self._summaries):
+            local = self._scratch / attempt_file(name, shard)
+            if local.exists():  # not at a second call
+                files.upload(local, self.home / local.name)
+                local.unlink()
 
     def _write_marker(self) -> bytes:
         """Put the marker beside the shards; the published marker holds these bytes if this attempt counts."""
@@ -247,7 +302,13 @@ def attempt_file(array: str, shard: int) -> str:
 
 
 def _retire(home: Place) -> None:
-    """Take an attempt's folder away in one step, then empty it."""
+    """Take an attempt's folder away in one step, then empty it; in a bucket its marker goes first.
+
+    Without the marker nobody begins to finish the attempt; who has begun is stopped by the block's object.
+    """
+    if as_object(home) is not None:
+        files.remove_tree(home, first=MARKER)
+        return
     gone = home.with_name(f".gone-{files.own_name()}")
     with contextlib.suppress(FileNotFoundError):
         home.rename(gone)
@@ -262,66 +323,87 @@ def finish_block(folder: Place, group: str, arrays: list[ArraySpec], block: int,
     Raises:
         CorruptError: the decided attempt does not read back; it is given up.
     """
-    path, marker = intent_path(folder, group, block), marker_path(folder, group, block)
+    place = folder, group, block
     try:
-        attempt = _decided(path)
-    except FileNotFoundError:
-        return marker.exists()  # somebody else finished it
+        intent = decided(*place)
     except CorruptError:
-        path.unlink(missing_ok=True)
-        return marker.exists()
-    home = folder / "attempts" / attempt
+        drop_damaged(*place)
+        return is_marked(*place)
+    if intent is None:
+        return is_marked(*place)  # somebody else finished it
+    home = folder / "attempts" / intent.attempt
     damage: CorruptError | None = None
-    if not marker.exists():
+    if not is_marked(*place):
         try:
-            shards = files.unseal((home / MARKER).read_bytes(), home / MARKER)["shards"]
+            data = (home / MARKER).read_bytes()
+            shards = files.unseal(data, home / MARKER)["shards"]
             for array in arrays:
                 for shard, checksums in shards[array.name].items():
-                    _publish(folder, array, int(shard), home, checksums, rows_per_block)
-            files.link_kept(home / MARKER, marker)
+                    finisher = _Finisher(folder, array, home, rows_per_block, lambda: stands(*place, intent))
+                    finisher.publish(int(shard), checksums)
+            mark(*place, intent, home / MARKER, data)
         except FileNotFoundError:
             pass  # another process finished and took the folder away, or it was removed by hand
         except CorruptError as error:
             damage = error
     _retire(home)
-    with contextlib.suppress(FileNotFoundError, CorruptError):
-        if _decided(path) == attempt:
-            path.unlink()
-            files.sync_folder(path.parent)
-    if damage is not None and not marker.exists():
+    settle(*place, intent)
+    if damage is not None and not is_marked(*place):
         raise damage
-    return marker.exists()
+    return is_marked(*place)
 
 
-def _publish(
-    folder: Place, array: ArraySpec, shard: int, home: Place, checksums: list[int], rows_per_block: int
-) -> None:
-    """Link one shard of the decided attempt under its zarr key and read it back."""
-    shard_rows, chunk_rows = array.layout(rows_per_block)
-    source = home / attempt_file(array.name, shard)
-    final = folder / "data.zarr" / array.name / shard_key(shard, 1 + len(array.row_shape))
-    files.make_folder(final.parent)
-    for last_try in (False, True):
-        files.link_kept(source, final)
+@dataclass(frozen=True, slots=True)
+class _Finisher:
+    """Publishes shards of the decided attempt in `home`; `stands` tells whether that decision still does."""
+
+    folder: Place
+    array: ArraySpec
+    home: Place
+    rows_per_block: int
+    stands: Callable[[], bool]
+
+    def publish(self, shard: int, checksums: list[int]) -> None:
+        """Link one shard under its zarr key and read it back.
+
+        Raises:
+            FileNotFoundError: its file is gone.
+            CorruptError: what stands under the key is not what the attempt's marker names.
+        """
+        source = self.home / attempt_file(self.array.name, shard)
+        final = self.folder / "data.zarr" / self.array.name / shard_key(shard, 1 + len(self.array.row_shape))
+        files.make_folder(final.parent)
+        for last_try in (False, True):
+            files.link_kept(source, final)
+            seen = files.version(final)
+            what = self._fault(final, checksums)
+            if not what:
+                return
+            if last_try:
+                break
+            if not self.stands():
+                raise FileNotFoundError(2, "this attempt is not the block any more", str(self.home))
+            # No marker names this file, so nobody counts on it.
+            files.replace_kept(source, final, seen)
+        raise CorruptError(f"{final}: the shard just published {what}; not committed; check the disk, then run again")
+
+    def _fault(self, final: Place, checksums: list[int]) -> str:
+        shard_rows, chunk_rows = self.array.layout(self.rows_per_block)
         try:
             found = read_summary(
                 final,
-                row_shape=array.row_shape,
-                dtype=array.dtype,
+                row_shape=self.array.row_shape,
+                dtype=self.array.dtype,
                 chunk_rows=chunk_rows,
                 shard_rows=shard_rows,
                 deep=True,
             )
-            if [found.size, found.index_crc, found.data_crc] == checksums:
-                return
-            what = "holds other content than its marker names"
         except CorruptError as error:
-            what = f"is damaged ({error})"
-        if last_try:
-            break
-        # No marker names this file, so nobody counts on it.
-        files.replace_kept(source, final)
-    raise CorruptError(f"{final}: the shard just published {what}; not committed; check the disk, then run again")
+            return f"is damaged ({error})"
+        except ReplacedError:
+            return "was replaced meanwhile"
+        same = [found.size, found.index_crc, found.data_crc] == checksums
+        return "" if same else "holds other content than its marker names"
 
 
 def finish_intents(folder: Place, ledger: Ledger, rows_per_block: int) -> int:
@@ -329,8 +411,10 @@ def finish_intents(folder: Place, ledger: Ledger, rows_per_block: int) -> int:
     finished = 0
     with files.writing(folder):
         for group, arrays in ledger.groups.items():
-            for path in sorted(group_folder(folder, group).glob("*.intent")):
-                finish_block(folder, group, arrays, int(path.name[:8]), rows_per_block)
+            for block in open_intents(folder, group):
+                if as_object(folder) is not None and decided(folder, group, block) is None:
+                    continue  # a block that was taken back
+                finish_block(folder, group, arrays, block, rows_per_block)
                 finished += 1
     return finished
 
@@ -340,12 +424,10 @@ def take_back(folder: Place, group: str, arrays: list[ArraySpec], block: int, ro
 
     Its shards stay until the next commit replaces them: removing them here could hit those of a commit made meanwhile.
     """
+    enter(folder.parents[2])
     with files.writing(folder):
         finish_block(folder, group, arrays, block, rows_per_block)
-        path = marker_path(folder, group, block)
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-            files.sync_folder(path.parent)
+        unmark(folder, group, block)
 
 
 def check_finite(array: ArraySpec, values: np.ndarray, failed: Bool[np.ndarray, " B"], first_row: int) -> None:
@@ -387,17 +469,16 @@ def sweep_attempts(folder: Place, *, older_than: float) -> int:
     Attempts that an intent names are kept: they are the block.
     """
     home = folder / "attempts"
-    decided = set()
-    for path in (folder / "commits").glob("*/*.intent"):
-        with contextlib.suppress(FileNotFoundError, CorruptError):
-            decided.add(_decided(path))
+    kept = decided_attempts(folder)
     removed = 0
     with files.writing(folder):
         for attempt in list(home.iterdir()) if home.is_dir() else []:
-            dead = files.is_dead(attempt.name) or _age(attempt, *attempt.glob("*")) >= older_than
-            if attempt.name not in decided and dead:
+            dead = files.is_dead(attempt.name) or _age(attempt) >= older_than
+            if attempt.name not in kept and dead:
                 _retire(attempt)
                 removed += 1
+        if as_object(folder) is not None:
+            return removed  # objects are whole or absent, and prefixes need not be removed
         with contextlib.suppress(OSError):
             home.rmdir()  # only when empty
         for place in _PARTIAL:
@@ -407,9 +488,9 @@ def sweep_attempts(folder: Place, *, older_than: float) -> int:
     return removed
 
 
-def _age(*paths: Place) -> float:
-    """Seconds since the last change of any of these; minus infinity where one just went."""
+def _age(path: Place) -> float:
+    """Seconds since the last change of a file, or of any in a folder; minus infinity where one just went."""
     try:
-        return time.time() - max(path.stat().st_mtime for path in paths)
+        return time.time() - max(files.modified(path).values(), default=float("inf"))
     except FileNotFoundError:
         return -float("inf")

@@ -6,14 +6,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 
 from featstore.datasets.manifest import Manifest
-from featstore.errors import IncompleteError, UnknownNameError
+from featstore.errors import ConfigError, IncompleteError, UnknownNameError
 from featstore.objects import Place
-from featstore.store import commits, ledger
+from featstore.store import commits, ledger, reductions
 from featstore.store.layout import read_spec, set_name
 from featstore.store.reader import ShardedArray, split_key
+from featstore.store.reductions import Reduction
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,12 +26,22 @@ POOL_BYTES = 256 * 2**20  # tokens held in memory while they are averaged
 
 @dataclass(frozen=True)
 class RowArray:
-    """One array of a set, indexed by manifest row; reads only what is asked for."""
+    """One array of a set, indexed by manifest row; reads only what is asked for.
+
+    Arrays of integers (`--reduce int8`) come back as floats; `failed` are their rows that hold no numbers.
+    """
 
     array: ShardedArray
     rows: Int64[np.ndarray, " N"]
     pending: Bool[np.ndarray, " N"]
     name: str
+    reduction: Reduction | None = None
+    failed: Bool[np.ndarray, " N"] | None = None
+
+    @property
+    def stored(self) -> ShardedArray:
+        """The array as it is on disk: rows in the order in which they were computed, integers as integers."""
+        return self.array
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,7 +49,18 @@ class RowArray:
 
     @property
     def dtype(self) -> Any:
+        if self.reduction is not None and self.reduction.is_int8:
+            return np.dtype(self.reduction.dtype)
         return self.array.dtype
+
+    def restore(self, values: Float[np.ndarray, "... C"]) -> Float32[np.ndarray, "... D"]:
+        """Values of this array at the network's width, in float32: principal components mapped back to tokens.
+
+        A pooled grid stays pooled, and what was not reduced by `pca` keeps its numbers.
+        """
+        if self.reduction is None:
+            return np.asarray(values, dtype=np.float32)
+        return self.reduction.restore(values)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,7 +77,7 @@ class RowArray:
             first = np.zeros(0, np.int64)  # numpy makes an empty list a list of floats
         positions = np.arange(len(self))[first]
         self._check(self.pending[positions])
-        block = self.array.gather(self.rows[positions.ravel()])
+        block = self._decode(self.array.gather(self.rows[positions.ravel()]), positions.ravel())
         if not rest:
             return block.reshape(positions.shape + self.shape[1:])
         # What numpy still has to do, on the rows read: integers and lists broadcast with the lists in `rest`.
@@ -67,8 +89,18 @@ class RowArray:
         self._check(self.pending)
         count = len(self.rows)
         if count and np.array_equal(self.rows, np.arange(self.rows[0], self.rows[0] + count)):
-            return self.array.read(int(self.rows[0]), int(self.rows[0]) + count, verify=verify)
-        return self.array.gather(self.rows, verify=verify)
+            values = self.array.read(int(self.rows[0]), int(self.rows[0]) + count, verify=verify)
+        else:
+            values = self.array.gather(self.rows, verify=verify)
+        return self._decode(values, np.arange(count))
+
+    def _decode(self, values: np.ndarray, positions: Int64[np.ndarray, " K"]) -> np.ndarray:
+        if self.reduction is None or not self.reduction.is_int8:
+            return values
+        decoded = self.reduction.decode(values)
+        if self.failed is not None:
+            decoded[self.failed[positions]] = np.nan
+        return decoded
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
@@ -147,8 +179,18 @@ class FeatureSet:
         folder = self.folder / "data.zarr" / name
         if not (folder / "zarr.json").is_file():
             raise IncompleteError(f"{self.name}:{name} has no zarr.json yet; run the same `featstore extract` again")
-        reader = ShardedArray(folder)
-        return RowArray(reader, self.row_index, self.pending(self.ledger.group_of(name)), f"{self.name}:{name}")
+        group = self.ledger.group_of(name)
+        pending = self.pending(group)
+        reduction = self.reduction(name)
+        failed = None
+        if reduction is not None and reduction.is_int8:  # what integers cannot say, the markers do
+            failed = np.zeros(len(self), bool)
+            failed[list(self._failures_of(group))] = True
+        return RowArray(ShardedArray(folder), self.row_index, pending, f"{self.name}:{name}", reduction, failed)
+
+    def reduction(self, array: str) -> Reduction | None:
+        """What was done to an array before it was stored, and the loss that was measured; None if nothing was."""
+        return reductions.read_reduction(self.folder, self.spec, array)
 
     def __getattr__(self, name: str) -> RowArray:
         if name in PARTS:
@@ -173,15 +215,20 @@ class FeatureSet:
     @property
     def failures(self) -> dict[int, str]:
         """Manifest row -> reason, for images that could not be decoded."""
+        found: dict[int, str] = {}
+        for group in self.ledger.groups:
+            found.update(self._failures_of(group))
+        return found
+
+    def _failures_of(self, group: str) -> dict[int, str]:
         size = int(self.spec["layout"]["block_rows"])
         position = {int(row): i for i, row in enumerate(self.row_index)}
         wanted = {int(block) for block in np.unique(self.row_index // size)}
         found: dict[int, str] = {}
-        for group in self.ledger.groups:
-            for block in sorted(commits.committed_blocks(self.folder, group) & wanted):
-                if (group, block) not in self._failed:
-                    self._failed[group, block] = commits.read_commit(self.folder, group, block).failed
-                found.update({position[row]: why for row, why in self._failed[group, block].items() if row in position})
+        for block in sorted(commits.committed_blocks(self.folder, group) & wanted):
+            if (group, block) not in self._failed:
+                self._failed[group, block] = commits.read_commit(self.folder, group, block).failed
+            found.update({position[row]: why for row, why in self._failed[group, block].items() if row in position})
         return found
 
     def _states(self) -> tuple[np.ndarray, dict[int, str]]:
@@ -217,6 +264,9 @@ class FeatureSet:
         """Features of every sample, shape (N, D), in manifest order; rows that failed are NaN.
 
         `mean_all` is the float32 mean over all tokens (CLS, registers, patches); it needs them in the set.
+
+        Raises:
+            ConfigError: `mean_all` of patches that are kept as principal components.
         """
         arrays = [self.array(name) for name in self.parts(features)]
         if features == "mean_all":
@@ -243,8 +293,15 @@ class FeatureSet:
             "weights": "random" if self.random else self.spec["weights"]["kind"],
             "pixels": [preprocess["height"], preprocess["width"]] if preprocess else None,
             "geometry": preprocess.get("geometry"),
+            **({"reduction": self._losses()} if reductions.steps_of(self.spec) else {}),
             "bytes": sum(array.row_bytes for array in self.ledger.arrays.values()) * len(self),
         }
+
+    def _losses(self) -> dict[str, Any]:
+        """Steps, and what they cost each array."""
+        found = {name: self.reduction(name) for name in self.arrays}
+        losses = {name: dict(reduction.loss) for name, reduction in found.items() if reduction is not None}
+        return {"steps": list(reductions.steps_of(self.spec)), **losses}
 
     def __repr__(self) -> str:
         weights = ", RANDOM WEIGHTS" if self.random else ""
@@ -261,14 +318,37 @@ class FeatureSet:
 def _token_mean(arrays: list[RowArray], verify: bool) -> Float32[np.ndarray, "N D"]:
     """Mean over the tokens of all arrays, taken in float32, in pieces of rows."""
     count = len(arrays[0])
-    num_tokens = sum(int(np.prod(array.shape[1:-1])) for array in arrays)
+    weights = [_patches_behind(array) for array in arrays]
+    num_tokens = sum(float(of_array.sum()) for of_array in weights)
     result = np.empty((count, arrays[0].shape[-1]), np.float32)
-    step = max(1, POOL_BYTES // (4 * num_tokens * result.shape[1]))
+    held = sum(len(of_array) for of_array in weights)
+    step = max(1, POOL_BYTES // (4 * held * result.shape[1]))
     for first in range(0, count, step):
         total = np.zeros_like(result[first : first + step])
-        for array in arrays:
-            piece = replace(array, rows=array.rows[first : first + step], pending=array.pending[first : first + step])
+        for array, of_array in zip(arrays, weights):
+            of_rows = None if array.failed is None else array.failed[first : first + step]
+            piece = replace(
+                array,
+                rows=array.rows[first : first + step],
+                pending=array.pending[first : first + step],
+                failed=of_rows,
+            )
             values = piece.load(verify=verify).astype(np.float32)
-            total += values.reshape(len(values), -1, values.shape[-1]).sum(1)
+            values = values.reshape(len(values), -1, values.shape[-1])
+            if (of_array != 1).any():
+                values *= of_array.astype(np.float32)[:, None]
+            total += values.sum(1)
         result[first : first + step] = total / num_tokens
     return result
+
+
+def _patches_behind(array: RowArray) -> Float64[np.ndarray, " T"]:
+    """How many tokens of the network each token of an array stands for: a pooled cell is the mean of its patches."""
+    if array.reduction is None:
+        return np.ones(int(np.prod(array.shape[1:-1])))
+    if array.reduction.components is not None:
+        raise ConfigError(
+            f"mean_all needs every token, and {array.name} keeps {array.reduction.components} principal components; "
+            "use cls+mean_patch, or extract without pca (--name gives that set another name)"
+        )
+    return array.reduction.cell_sizes

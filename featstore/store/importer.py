@@ -1,7 +1,7 @@
 """`import`: embeddings made elsewhere become a set, so that every probe runs on them."""
 
-import zipfile
-import zlib
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from featstore.objects import Place
 from featstore.store import commits, ledger
 from featstore.store.catalog import Store
 from featstore.store.commits import HASH_HEX, BlockWriter, RowState, committed_blocks
+from featstore.store.import_formats import read_arrays
 from featstore.store.layout import ArraySpec, block_rows, check_store, make_spec, read_spec, set_folder
 
 if TYPE_CHECKING:
@@ -25,27 +26,7 @@ if TYPE_CHECKING:
 NO_CONTENT = "0" * HASH_HEX
 NOT_IN_FILE = "not in the imported file"
 GROUP_KEYS, SPLIT_KEYS = ("patient_id", "group"), ("split",)
-
-
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of an `.npz` file, never unpickling.
-
-    Raises:
-        ManifestError: no such file, not an npz, or it holds Python objects.
-    """
-    if not path.is_file():
-        raise ManifestError(f"{path}: no such file; import takes an .npz with features and ids")
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
-            arrays = {name: data[name] for name in data.files}
-    except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ManifestError(f"{path}: not an .npz of plain arrays ({error}); objects are never unpickled") from error
-    foreign = [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]
-    if foreign:
-        raise ManifestError(
-            f"{path}: not an .npz of plain arrays (it holds the file {foreign[0]!r}); save it by numpy.savez"
-        )
-    return arrays
+PIECE_BYTES = 32 * 2**20  # features are looked at in pieces, since they may lie on disk
 
 
 def _texts(values: np.ndarray) -> list[str]:
@@ -56,7 +37,7 @@ def _texts(values: np.ndarray) -> list[str]:
 def pick_arrays(
     path: Path, arrays: dict[str, np.ndarray], features_key: str, ids_key: str | None
 ) -> tuple[np.ndarray, list[str], str]:
-    """(features (N, D) in the type they are stored in: float16 or float32, ids, name of the id array).
+    """(features (N, D) as they came, ids, name of the id array).
 
     Raises:
         ManifestError: an array is absent, has another shape or type, a row is not finite, or ids repeat.
@@ -71,22 +52,40 @@ def pick_arrays(
     features, names = arrays[features_key], arrays[found]
     if names.ndim != 1 or names.dtype.kind not in "USiu":
         raise ManifestError(f"{path}: {found!r} must be one text or integer a row; got {names.dtype} {names.shape}")
-    if features.ndim != 2 or 0 in features.shape or features.dtype.kind != "f" or len(features) != len(names):
+    is_float = features.dtype.kind == "f" or features.dtype.name == "bfloat16"
+    if features.ndim != 2 or 0 in features.shape or not is_float or len(features) != len(names):
         raise ManifestError(
             f"{path}: features must be floats of shape (N, D) with one id a row; got {features.dtype} {features.shape} "
             f"and {len(names)} ids"
         )
     ids = _texts(names)
     manifests.check_ids(ids)
-    with np.errstate(over="ignore"):  # too large for float32: infinite, and told below
-        features = features.astype(np.float16 if features.dtype.itemsize == 2 else np.float32)
-    bad = np.flatnonzero(~np.isfinite(features).all(1))
+    stored = stored_dtype(features)
+    bad = np.concatenate(
+        [first + np.flatnonzero(~np.isfinite(piece).all(1)) for first, piece in _pieces(features, stored, None)]
+    )
     if len(bad):
         raise ManifestError(
-            f"{path}: {len(bad)} rows hold NaN, infinity or a number beyond {features.dtype}, such as row {bad[0] + 1} "
+            f"{path}: {len(bad)} rows hold NaN, infinity or a number beyond {stored}, such as row {bad[0] + 1} "
             f"({ids[bad[0]]!r}); leave samples without features out, they are then marked failed"
         )
     return features, ids, found
+
+
+def stored_dtype(features: np.ndarray) -> "np.dtype[Any]":
+    """What features are stored as: float16 and bfloat16 stay, everything else becomes float32."""
+    if features.dtype.name == "bfloat16":
+        return features.dtype
+    return np.dtype(np.float16 if features.dtype.itemsize == 2 else np.float32)
+
+
+def _pieces(features: np.ndarray, dtype: "np.dtype[Any]", order: np.ndarray | None) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows of type `dtype`) throughout, in the order of the file or in another one."""
+    step = max(1, PIECE_BYTES // (features.shape[1] * features.dtype.itemsize))
+    for first in range(0, len(features), step):
+        rows = slice(first, first + step) if order is None else order[first : first + step]
+        with np.errstate(over="ignore"):  # too large for float32: infinite, and told
+            yield first, np.asarray(features[rows]).astype(dtype)
 
 
 def import_features(
@@ -97,6 +96,7 @@ def import_features(
     model: str,
     features_key: str = "features",
     ids_key: str | None = None,
+    ids_file: Path | None = None,
 ) -> tuple[Store, Place, int]:
     """Write the features of `file` as the array `cls` of the set `dataset/model`.
 
@@ -107,11 +107,11 @@ def import_features(
 
     Raises:
         ConfigError: `model` cannot be part of a set's name.
-        ManifestError: see `read_npz` and `pick_arrays`, or ids of the file are unknown to the data set.
+        ManifestError: see `read_arrays` and `pick_arrays`, or ids of the file are unknown to the data set.
     """
     if not manifests.NAME.fullmatch(model):
         raise ConfigError(f"--model is letters, digits, '.', '_' and '-' for imported features, got {model!r}")
-    arrays = read_npz(file)
+    arrays = read_arrays(file, features_key, ids_file)
     features, ids, key = pick_arrays(file, arrays, features_key, ids_key)
     store = Store(store_path)
     check_store(store.path, create=True)
@@ -121,14 +121,17 @@ def import_features(
         manifest = _manifest_from_file(dataset, file, arrays, ids, features_key)
         manifests.save(store.datasets_folder, manifest)
     order = _match(manifest, ids, by_path=key in ("path", "paths"), file=file)
-    array = ArraySpec(name="cls", row_shape=(features.shape[1],), dtype=str(features.dtype))
-    by_id = np.argsort(np.array(ids))
+    dtype = stored_dtype(features)
+    array = ArraySpec(name="cls", row_shape=(features.shape[1],), dtype=dtype.name)
+    rows = hashlib.sha256()
+    for _, piece in _pieces(features, dtype, np.argsort(np.array(ids))):
+        rows.update(np.ascontiguousarray(piece).view(np.uint8).data)
     identity = {
         "weights": files.digest(
             {
                 "ids": sorted(ids),
                 "shape": list(features.shape),
-                "rows": files.digest(np.ascontiguousarray(features[by_id]).tobytes()),
+                "rows": rows.hexdigest(),
             }
         ),
         "imported": True,
@@ -224,7 +227,7 @@ def _write(
         picked = np.array(
             [order[position[row]] if row in position else -1 for row in range(start, stop)], dtype=np.int64
         )
-        values = features[np.maximum(picked, 0)]
+        values = np.asarray(features[np.maximum(picked, 0)]).astype(stored_dtype(features))
         values[picked < 0] = np.nan
         states = [RowState(NO_CONTENT, None if row >= 0 else NOT_IN_FILE) for row in picked]
         with BlockWriter(folder, group, [array], block, start, stop, size) as writer:

@@ -13,7 +13,8 @@ import numpy as np
 
 from featstore import files
 from featstore.errors import ConfigError, SchemaError, StoreError
-from featstore.objects import Place, parse_place
+from featstore.objects import Place, as_object, parse_place
+from featstore.store.bucket import enter
 from featstore.store.shards import chunk_rows_for, shard_rows_for
 
 SCHEMA = 2
@@ -68,10 +69,15 @@ def check_store(root: Place, *, create: bool = False) -> None:
         StoreError: the path is no folder, or cannot be written when it must be.
     """
     mark = root / "store.json"
-    if isinstance(root, Path) and root.exists() and not root.is_dir():
+    if as_object(root) is None and root.exists() and not root.is_dir():
         raise StoreError(f"{root}: a store is a folder, this is a file; pass another --store or set {HOME}")
-    if mark.is_file():
-        data = mark.read_bytes()
+    if create:
+        enter(root)
+    try:
+        data = mark.read_bytes()  # where a bucket is missing or closed, this says so
+    except FileNotFoundError:
+        data = b""
+    if data:
         schema = _check_schema(data, f"{root}: this store")
         files.unseal(data, mark)
         if create:

@@ -4,12 +4,18 @@ A row's place is its byte if all shards stood one behind the other without their
 number by arithmetic. Which pages are fetched when rows are not in memory decides the speed there: the kernel's
 read-ahead around each fault fetches megabytes for one row, no read-ahead at all splits a large row into single pages.
 So maps are advised as random, and the pages of exactly the wanted rows are asked for before the first is touched.
+
+Touching a map behind the end of a file that was truncated after mapping kills the process (SIGBUS). Committed shards
+are never truncated, replaced ones keep their old bytes for those who mapped them; against other programs, sizes are
+looked at again between gathers and so are the rows probed. A truncation within that time of a gather is not caught;
+`read` without `verify` is immune.
 """
 
 import math
 import mmap
 import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +42,7 @@ AHEAD_BYTES = 32 * 2**20  # of the next shard asked for while this one is read; 
 OPEN_AHEAD = 6  # further shards opened at once by a long read
 # Rows probed for being in the page cache: many while batches still miss it, few after a run of batches in memory.
 PROBES_COLD, PROBES_WARM, BATCHES_TO_WARM = 16, 2, 32
+SIZES_SECONDS = 0.5  # between looks at the sizes of the open shards, about a microsecond each
 NOT_OPEN = -(2**62)
 
 
@@ -110,6 +117,7 @@ class MappedRows:
         self._closed = False
         self._opened = self._snapshot({})
         self._batches_to_warm = BATCHES_TO_WARM
+        self._sizes_due = 0.0
 
     def close(self) -> None:
         with self._lock:
@@ -128,6 +136,7 @@ class MappedRows:
             shift = opened.shift[shard_of]
         if opened.has_gaps:
             self._require_rows(rows, shard_of, opened)
+        self._check_sizes(opened)
         chunk_of = rows // self.chunk_rows
         places = rows * self.layout.row_bytes + chunk_of * CRC_BYTES
         if verify:
@@ -139,6 +148,27 @@ class MappedRows:
         if self.layout.row_bytes <= WINDOW_ROW_BYTES:
             return self._take(opened.window, (places + shift) // self._step, out)
         return self._copy_rows(opened, shard_of, places, out)
+
+    def prefetch(self, rows: npt.NDArray[np.int64]) -> None:
+        """Ask the system to read these rows, without waiting for them; nothing happens if they are in memory already.
+
+        A shard opened for it is checked as in `gather`, and the same errors are raised.
+        """
+        if not HAVE_ADVICE:
+            return
+        shard_of = rows // self.shard_rows
+        needed = np.unique(shard_of)
+        for first in range(0, len(needed), self._max_open):
+            group = needed[first : first + self._max_open]
+            inside = (shard_of >= group[0]) & (shard_of <= group[-1])
+            opened = self._opened
+            if (opened.shift[group] == NOT_OPEN).any():
+                opened = self._open(group.tolist())
+            if opened.has_gaps:
+                self._require_rows(rows[inside], shard_of[inside], opened)
+            places = rows[inside] * self.layout.row_bytes + rows[inside] // self.chunk_rows * CRC_BYTES
+            if self._is_cold(opened, shard_of[inside], places):
+                self._advise(opened, shard_of[inside], places)
 
     def _take(self, window: npt.NDArray[Any], index: npt.NDArray[np.int64], out: np.ndarray | None) -> np.ndarray:
         shape = (len(index), *self.layout.row_shape)
@@ -192,6 +222,7 @@ class MappedRows:
                 os.posix_fadvise(descriptor, 0, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
             first, end = low - number * shard_rows, high - number * shard_rows
             if verify:
+                self._check_sizes(opened)
                 self._verify(shard, number, range(first // self.chunk_rows, (end - 1) // self.chunk_rows + 1))
             part = target[(low - start) * row_bytes : (high - start) * row_bytes]
             if HAVE_PREADV:
@@ -216,7 +247,7 @@ class MappedRows:
                 wanted += CRC_BYTES
             if row == end or len(buffers) >= READ_BUFFERS or wanted >= READ_BYTES:
                 if not _read_fully(shard.descriptor, buffers, offset, wanted):
-                    raise CorruptError(f"shard {self._file(number)} was truncated while it was read; restore it")
+                    raise self._truncated(number)
                 offset, buffers, wanted = offset + wanted, [], 0
 
     def _read_mapped(self, shard: _Shard, first: int, end: int, target: memoryview) -> None:
@@ -278,6 +309,20 @@ class MappedRows:
                     "chunks only; extract them, or leave them out"
                 )
 
+    def _check_sizes(self, opened: _Opened) -> None:
+        """Look for shards truncated after they were mapped, unless that was done just now."""
+        now = time.monotonic()
+        if now < self._sizes_due:
+            return
+        self._sizes_due = now + SIZES_SECONDS
+        for number, shard in opened.shards.items():
+            if os.fstat(shard.descriptor).st_size < len(shard.content):
+                self._sizes_due = 0.0
+                raise self._truncated(number)
+
+    def _truncated(self, number: int) -> CorruptError:
+        return CorruptError(f"shard {self._file(number)} was truncated while it was read; restore it, then open again")
+
     def _is_cold(self, opened: _Opened, shard_of: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> bool:
         """Whether some of a few rows are not in the page cache, or nobody can tell; never waits for the disk."""
         if not HAVE_NOWAIT:
@@ -286,7 +331,11 @@ class MappedRows:
         buffer = [bytearray(1)]
         try:
             for shard, place in zip(shard_of[::step].tolist(), places[::step].tolist(), strict=True):
-                os.preadv(opened.shards[shard].descriptor, buffer, place - shard * self._payload, os.RWF_NOWAIT)
+                held = opened.shards[shard].descriptor
+                if not os.preadv(held, buffer, place - shard * self._payload, os.RWF_NOWAIT):
+                    raise self._truncated(shard)
+        except CorruptError:
+            raise
         except OSError:  # EAGAIN: not in memory; EOPNOTSUPP: a file system that cannot say
             self._batches_to_warm = BATCHES_TO_WARM
             return True
@@ -298,8 +347,12 @@ class MappedRows:
         order = np.argsort(places)
         shard_of, offsets = shard_of[order], places[order] - shard_of[order] * self._payload
         pages = offsets // mmap.PAGESIZE * mmap.PAGESIZE
-        lengths = offsets - pages + self.layout.row_bytes
-        for shard, page, length in zip(shard_of.tolist(), pages.tolist(), lengths.tolist(), strict=True):
+        ends = offsets + self.layout.row_bytes
+        # Rows that follow one another are asked for at once; rows of one size end in the order in which they begin.
+        apart = np.flatnonzero((shard_of[1:] != shard_of[:-1]) | (pages[1:] > ends[:-1])) + 1
+        first = np.concatenate([[0], apart])
+        lengths = ends[np.concatenate([apart - 1, [len(ends) - 1]])] - pages[first]
+        for shard, page, length in zip(shard_of[first].tolist(), pages[first].tolist(), lengths.tolist(), strict=True):
             opened.shards[shard].map.madvise(mmap.MADV_WILLNEED, page, length)
 
     def _verify(self, shard: _Shard, number: int, chunks: Sequence[int]) -> None:

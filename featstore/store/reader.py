@@ -15,7 +15,9 @@ import numpy.typing as npt
 from jaxtyping import Shaped
 
 from featstore.errors import ConfigError, CorruptError, StoreError
+from featstore.objects import Place, as_object, connection
 from featstore.store.mapped import MappedRows
+from featstore.store.remote import ObjectCache, RemoteRows, default_cache
 from featstore.store.shards import ShardLayout
 
 
@@ -26,29 +28,37 @@ class ShardedArray:
     a bounded number stays open. Threads may share an array; pickling sends the path. Arrays have these attributes:
     `path`, `shape`, `dtype`, `row_shape`, `chunk_rows` (unit of checksums), `shard_rows` (of files), `attributes`.
 
+    Shards in a bucket come by way of a local `cache` (by default 20 GB in the user's cache folder), see `remote.py`.
+
     Raises:
         StoreError: no zarr v3 array at `path`, or an array without axes.
         CorruptError: its `zarr.json` is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Place, cache: ObjectCache | None = None) -> None:
+        held = as_object(path)
+        self.path: Place = Path(path) if held is None else path
+        self._cache = cache
         metadata = _read_metadata(self.path)
         self.shape: tuple[int, ...] = tuple(metadata["shape"])
         self.row_shape = self.shape[1:]
         self.attributes: dict[str, Any] = metadata.get("attributes", {})
         layout = _shard_layout(metadata)
-        self._backend: _Backend = (
-            _ZarrRows(self.path, metadata) if layout is None else MappedRows(self.path, layout, len(self))
-        )
+        self._backend: _Backend
+        if layout is None:
+            self._backend = _ZarrRows(self.path, metadata)
+        elif held is None:
+            self._backend = MappedRows(self.path, layout, len(self))
+        else:
+            self._backend = RemoteRows(held, layout, len(self), cache or default_cache())
         self.dtype = self._backend.dtype
         self.chunk_rows = self._backend.chunk_rows
         self.shard_rows = self._backend.shard_rows
 
     @property
     def is_mapped(self) -> bool:
-        """Whether rows come from mapped shards; otherwise zarr-python reads them, and absent chunks are fill values."""
-        return isinstance(self._backend, MappedRows)
+        """Whether rows come from shards as we write them; else zarr-python reads, and absent chunks are fill values."""
+        return not isinstance(self._backend, _ZarrRows)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -56,8 +66,9 @@ class ShardedArray:
     def __repr__(self) -> str:
         return f"ShardedArray({str(self.path)!r}, shape={self.shape}, dtype={self.dtype})"
 
-    def __reduce__(self) -> tuple[type["ShardedArray"], tuple[Path]]:
-        return ShardedArray, (self.path,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        kept = None if self._cache is None else (self._cache.folder, self._cache.limit)
+        return _reopen, (self.path, kept)
 
     def __enter__(self) -> "ShardedArray":
         return self
@@ -164,6 +175,10 @@ class ShardedArray:
             )
 
 
+def _reopen(path: Place, cache: tuple[Path, int] | None) -> ShardedArray:
+    return ShardedArray(path, None if cache is None else ObjectCache(*cache))
+
+
 class _Backend(Protocol):
     """How rows come from disk. Row numbers arrive checked: at least one, within the array, not negative."""
 
@@ -179,7 +194,7 @@ class _Backend(Protocol):
 class _ZarrRows:
     """Arrays that are not mapped: compressed, unsharded, cut along other axes, index first."""
 
-    def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
+    def __init__(self, path: Place, metadata: dict[str, Any]) -> None:
         import zarr
 
         try:
@@ -187,7 +202,14 @@ class _ZarrRows:
                 from featstore.store.bfloat16 import register
 
                 register()
-            array: zarr.Array[Any] = zarr.open_array(path, mode="r")
+            held = as_object(path)
+            if held is None:
+                array: zarr.Array[Any] = zarr.open_array(path, mode="r")
+            else:
+                from zarr.storage import ObjectStore
+
+                bucket = ObjectStore(connection(held.bucket).requests, read_only=True)
+                array = zarr.open_array(bucket, path=str(held.key), mode="r")
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(
                 f"{path}: zarr-python cannot open this array ({error}); convert it with a tool that can"
@@ -233,7 +255,7 @@ class _ZarrRows:
         return self._array
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
+def _read_metadata(path: Place) -> dict[str, Any]:
     file = path / "zarr.json"
     try:
         metadata = json.loads(file.read_bytes())

@@ -21,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped, UInt8
 
+from featstore import files
 from featstore.errors import ConfigError, CorruptError, StoreError
+from featstore.objects import Place
 
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16  # offset and length, uint64 each
@@ -340,7 +342,7 @@ class ShardWriter:
             index = layout.index(self._num_chunks)
             self._file.write(index)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            files.sync(self._file.fileno(), self.path)
             self._file.close()
         except BaseException:
             self.discard()
@@ -401,7 +403,7 @@ class ShardWriter:
 
 
 def read_summary(
-    path: Path,
+    path: Place,
     *,
     row_shape: tuple[int, ...],
     dtype: str,
@@ -421,7 +423,7 @@ def read_summary(
             another number of chunks than `num_rows` needs.
     """
     layout = ShardLayout(row_shape=row_shape, dtype=dtype, chunk_rows=chunk_rows, shard_rows=shard_rows)
-    with open(path, "rb") as file:
+    with files.open_binary(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - layout.index_bytes))
         index = file.read()

@@ -1,0 +1,508 @@
+"""Archived sets: the same rows in less space, and the same bytes back, whatever is killed or damaged on the way."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_sets import (
+    CLS,
+    PATCHES,
+    KilledError,
+    Trap,
+    contents,
+    fork,
+    kill,
+    make_manifest,
+    make_spec_of,
+    named,
+    prepare,
+    states_of,
+    values_of,
+    wait,
+    write_block,
+    write_missing,
+    writer_of,
+)
+
+from featstore import files
+from featstore.errors import ConfigError, CorruptError, StoreError
+from featstore.objects import ObjectPath
+from featstore.store import commits, decisions, ledger, packed, shards
+from featstore.store.archive import archive_set, archived, check_archive, unarchive_set, wanted_metadata
+from featstore.store.commits import RowState
+from featstore.store.layout import ArraySpec
+from featstore.store.packed import ArchivedRows, Codec, PackedShard, check_not_archived
+from featstore.store.reader import ShardedArray
+
+GROUP = "cls+patches"
+ROWS = 29  # two blocks of 16, the second with a short shard
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _several_shards_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD_LIMIT_BYTES", 8 * CLS.row_bytes)  # 8 rows of cls, 2 of patches
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # nothing here cuts the power, and the page cache outlives a kill
+
+
+def new_set(root: Path, arrays: list[ArraySpec] | None = None, rows: int = ROWS) -> Path:
+    folder = prepare(root, make_spec_of(block_rows=16), make_manifest(named(rows)), arrays or [CLS, PATCHES])
+    write_missing(folder, 1, block_rows=16)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return new_set(tmp_path / "store")
+
+
+def loaded(folder: Path, array: ArraySpec) -> np.ndarray:
+    """Rows by way of ShardedArray, which reads what `zarr.json` says."""
+    return ShardedArray(folder / "data.zarr" / array.name).load()
+
+
+def packed_rows(folder: Path, array: ArraySpec) -> ArchivedRows:
+    import json
+
+    home = folder / "data.zarr" / array.name
+    return ArchivedRows(home, json.loads((home / "zarr.json").read_bytes()))
+
+
+def wanted(array: ArraySpec, rows: int = ROWS) -> np.ndarray:
+    return values_of(array, 0, rows, 1)
+
+
+def words(values: np.ndarray) -> bytes:
+    return np.ascontiguousarray(values).tobytes()
+
+
+def raw_shards(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "data.zarr").rglob("c/**/*") if path.is_file())
+
+
+def packed_shards(folder: Path) -> list[Path]:
+    return sorted((folder / "data.zarr").rglob("c.[0-9]*"))
+
+
+KINDS = [
+    ("zstd", "float16"),
+    ("zstd", "float32"),
+    ("zstd", "bfloat16"),
+    ("zstd", "int8"),
+    ("pcodec", "float16"),
+    ("pcodec", "float32"),
+    ("pcodec", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("codec", "dtype"), KINDS)
+def test_there_and_back_gives_the_same_bytes(tmp_path: Path, codec: str, dtype: str) -> None:
+    import ml_dtypes  # noqa: F401 - makes numpy know bfloat16
+
+    arrays = [replace(CLS, dtype=dtype), replace(PATCHES, dtype=dtype), replace(CLS, name="layers/3/cls", dtype=dtype)]
+    folder = new_set(tmp_path, arrays)
+    before = contents(folder)
+    seen: list[int] = []
+    facts = archive_set(folder, codec=codec, advance=seen.append)
+    assert raw_shards(folder) == []
+    sizes = [path.stat().st_size for path in packed_shards(folder)]
+    assert (facts["codec"], facts["bytes"]) == (codec, sum(sizes))
+    assert facts["raw_bytes"] == sum(len(data) for name, data in before.items() if "/c/" in name)
+    assert facts["ratio"] == facts["raw_bytes"] / facts["bytes"]
+    assert 0 < sum(seen) <= facts["raw_bytes"]
+    assert archived(folder) is not None
+    assert list(check_archive(folder, deep=True)) == []
+    for array in arrays:
+        rows = packed_rows(folder, array)
+        out = np.empty((ROWS, *array.row_shape), rows.dtype)
+        rows.read(0, ROWS, out, True)
+        assert words(out) == words(wanted(array))
+        picked = np.array([28, 0, 3, 28, 17])
+        assert words(rows.gather(picked, None, False)) == words(wanted(array)[picked])
+    unarchive_set(folder, advance=seen.append)
+    assert contents(folder) == before
+    assert archived(folder) is None
+
+
+@pytest.mark.parametrize(("codec", "dtype"), KINDS)
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
+def test_stock_readers_open_archives(tmp_path: Path, codec: str, dtype: str) -> None:
+    import tensorstore
+    import zarr
+
+    from featstore.store.bfloat16 import register
+
+    register()
+    array = replace(CLS, dtype=dtype)
+    folder = new_set(tmp_path, [array])
+    archive_set(folder, codec=codec)
+    opened: Any = zarr.open_group(folder / "data.zarr", mode="r")["cls"]
+    # pcodec does not know bfloat16: other readers see its bit patterns.
+    assert opened.dtype.name == ("uint16" if (codec, dtype) == ("pcodec", "bfloat16") else dtype)
+    assert words(opened[:]) == words(wanted(array))
+    if codec == "zstd":
+        store = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder / "data.zarr" / "cls")}}
+        assert words(tensorstore.open(store).result().read().result()) == words(wanted(array))
+
+
+def test_our_chunks_are_what_zarr_writes(tmp_path: Path) -> None:
+    """zarr-python, told to write the same array, makes the same metadata and the same shards."""
+    import zarr
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
+    folder = new_set(tmp_path / "ours", [CLS])
+    archive_set(folder, level=3)
+    theirs: Any = zarr.create_array(
+        tmp_path / "theirs",
+        shape=(ROWS, 8),
+        chunks=(8, 8),
+        shards=(8, 8),
+        dtype="float16",
+        fill_value=np.nan,
+        compressors=[BloscCodec(cname="zstd", clevel=3, shuffle="shuffle", typesize=2), Crc32cCodec()],
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=("row", "dim"),
+        attributes={packed.ATTRIBUTE: {"codec": "zstd", "level": 3, "dtype": "float16"}},
+    )
+    theirs[:] = wanted(CLS)
+    ours = folder / "data.zarr" / "cls"
+    assert files.json.loads((ours / "zarr.json").read_bytes()) == files.json.loads(
+        (tmp_path / "theirs" / "zarr.json").read_bytes()
+    )
+    names = [f"c.{shard}.0" for shard in range(4)]
+    assert sorted(path.name for path in ours.glob("c*")) == names
+    for name in names[:3]:  # the last one is padded with what was there, by zarr with the fill value's bits
+        assert (ours / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+def test_failed_rows_keep_their_bits(tmp_path: Path) -> None:
+    folder = prepare(tmp_path, make_spec_of(block_rows=16), make_manifest(named(3)), [CLS])
+    values = np.array(values_of(CLS, 0, 3, 1))
+    values[1] = np.frombuffer(b"\x01\x7e", np.float16)[0]  # a NaN with a payload
+    with writer_of(folder, "cls", 0) as writer:
+        writer.append({"cls": values}, [*states_of(1, 1), RowState("0" * 32, "unreadable"), *states_of(1, 1)])
+        assert writer.commit()
+    before = contents(folder)
+    for codec in packed.CODECS:
+        archive_set(folder, codec=codec)
+        assert words(packed_rows(folder, CLS).gather(np.arange(3), None, False)) == words(values)
+        unarchive_set(folder)
+        assert contents(folder) == before
+
+
+def test_archiving_twice_is_harmless_and_keeps_the_codec(folder: Path) -> None:
+    facts = archive_set(folder, codec="pcodec", level=4)
+    after = contents(folder)
+    assert archive_set(folder) == facts
+    assert archive_set(folder, codec="pcodec") == facts
+    assert contents(folder) == after
+    with pytest.raises(ConfigError, match="with pcodec level 4; leave --codec and --level out"):
+        archive_set(folder, codec="zstd")
+    with pytest.raises(ConfigError, match="with pcodec level 4"):
+        archive_set(folder, level=5)
+
+
+def test_refusals(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(folder)
+    with pytest.raises(StoreError, match="is not archived; there is nothing to bring back"):
+        unarchive_set(folder)
+    with pytest.raises(ConfigError, match="unknown codec 'lz4'; known: zstd, pcodec"):
+        archive_set(folder, codec="lz4")
+    with pytest.raises(ConfigError, match="--level of pcodec is 1 to 12, got 13"):
+        archive_set(folder, codec="pcodec", level=13)
+    with monkeypatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "numcodecs.pcodec", None)
+        with pytest.raises(StoreError, match="needs the package pcodec: pip install pcodec"):
+            archive_set(folder, codec="pcodec")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 100))  # type: ignore[attr-defined]
+        with pytest.raises(StoreError, match=r"archiving needs about .* GB beside what is there, 1e-07 GB are free"):
+            archive_set(folder)
+    remote: Any = ObjectPath.parse("s3://bucket/set")
+    with pytest.raises(StoreError, match="sets of an object store cannot change their form in place"):
+        archive_set(remote)
+    assert contents(folder) == before
+    integers = new_set(tmp_path / "integers", [replace(CLS, dtype="int8")])
+    with pytest.raises(ConfigError, match=r"pcodec does not compress int8 \(array cls\); use --codec zstd"):
+        archive_set(integers, codec="pcodec")
+
+
+def test_unarchiving_checks_the_room_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive_set(folder)
+    after = contents(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 100))  # type: ignore[attr-defined]
+    with pytest.raises(StoreError, match="unarchiving needs about"):
+        unarchive_set(folder)
+    assert contents(folder) == after
+
+
+@pytest.mark.parametrize("state", ["none", "half", "intent", "no rows"])
+def test_only_complete_sets_are_archived(tmp_path: Path, state: str) -> None:
+    folder = prepare(tmp_path, make_spec_of(block_rows=16), make_manifest(named(ROWS)), [CLS])
+    if state != "none":
+        write_block(folder, "cls", 0, 1)
+    if state == "intent":
+        write_block(folder, "cls", 1, 1)
+        decisions.decide(folder, "cls", 1, "attempt")
+    if state == "no rows":
+        shutil.rmtree(folder / "ledger")
+        ledger.add_arrays(folder, [CLS])
+    before = contents(folder)
+    with pytest.raises(StoreError, match="only complete sets are archived, and this one lacks"):
+        archive_set(folder)
+    assert contents(folder) == before
+
+
+def test_writers_are_kept_away_from_the_first_step_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_not_archived(folder)
+    monkeypatch.setattr("featstore.store.archive._pack", lambda *_: pytest.fail("reached"))
+    with contextlib.suppress(pytest.fail.Exception):
+        archive_set(folder)
+    with pytest.raises(StoreError, match=r"is archived .* run `featstore unarchive` on it first"):
+        check_not_archived(folder)
+    monkeypatch.undo()
+    unarchive_set(folder)  # gives up what was begun
+    check_not_archived(folder)
+
+
+def test_a_second_process_is_refused(folder: Path) -> None:
+    import fcntl
+
+    with open(folder / "archive.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for call in (archive_set, unarchive_set):
+            with pytest.raises(StoreError, match="another process is archiving or unarchiving this set; let it finish"):
+                call(folder)
+    archive_set(folder)
+    assert not (folder / "archive.lock").exists()
+
+
+def test_many_processes_at_once(folder: Path, tmp_path: Path) -> None:
+    before = contents(folder)
+
+    def work(seed: int) -> None:
+        for step in range(4):
+            with contextlib.suppress(StoreError):
+                (unarchive_set if (seed + step) % 2 else archive_set)(folder)
+
+    children = [fork(lambda seed=seed: work(seed)) for seed in range(3)]  # type: ignore[misc]
+    assert [wait(child) for child in children] == [0, 0, 0]
+    assert words(wanted(CLS)) == words(
+        packed_rows(folder, CLS).gather(np.arange(ROWS), None, False) if archived(folder) else loaded(folder, CLS)
+    )
+    with contextlib.suppress(StoreError):
+        unarchive_set(folder)
+    assert contents(folder) == before
+
+
+def flip(path: Path, bit: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("codec", packed.CODECS)
+def test_every_flipped_bit_of_a_compressed_shard_is_found(folder: Path, codec: str) -> None:
+    rng = np.random.default_rng(3)
+    archive_set(folder, codec=codec)
+    for path in packed_shards(folder)[1::5]:
+        held = path.read_bytes()
+        for bit in rng.integers(len(held) * 8, size=4).tolist():
+            flip(path, bit)
+            place = path.relative_to(folder).as_posix()
+            assert [where for where, _ in check_archive(folder, deep=True)] == [place]
+            array = CLS if "/cls/" in place else PATCHES
+            with pytest.raises(CorruptError, match=r"is damaged; restore it"):
+                packed_rows(folder, array).gather(np.arange(ROWS), None, False)
+            after = contents(folder)
+            with pytest.raises(CorruptError, match=r"is damaged; restore it"):
+                unarchive_set(folder)
+            assert {name: data for name, data in contents(folder).items() if "/c/" not in name} == after | {}
+            shutil.rmtree(folder / "data.zarr" / "cls" / "c", ignore_errors=True)
+            shutil.rmtree(folder / "data.zarr" / "patches" / "c", ignore_errors=True)
+            path.write_bytes(held)
+    unarchive_set(folder)
+    np.testing.assert_array_equal(loaded(folder, CLS), wanted(CLS))
+
+
+def test_missing_and_exchanged_shards(folder: Path) -> None:
+    archive_set(folder)
+    first, second = packed_shards(folder)[:2]
+    held = first.read_bytes()
+    first.unlink()
+    assert list(check_archive(folder)) == [("data.zarr/cls/c.0.0", "the compressed shard is missing")]
+    with pytest.raises(CorruptError, match=r"c\.0\.0 is missing; restore it from a copy; nothing was removed"):
+        unarchive_set(folder)
+    with pytest.raises(CorruptError, match=r"c\.0\.0 is missing; open the set again if it was unarchived"):
+        packed_rows(folder, CLS).gather(np.arange(2), None, False)
+    first.write_bytes(second.read_bytes())  # whole, but another's
+    assert list(check_archive(folder)) == [("data.zarr/cls/c.0.0", "size or checksum differs from what was archived")]
+    with pytest.raises(CorruptError, match="does not decode to what was committed; nothing was removed"):
+        unarchive_set(folder)
+    first.write_bytes(held[:7])
+    assert "the index of this compressed shard is damaged" in next(iter(check_archive(folder)))[1]
+    first.write_bytes(held)
+    unarchive_set(folder)
+    np.testing.assert_array_equal(loaded(folder, CLS), wanted(CLS))
+
+
+def test_chunks_that_decode_to_something_else(folder: Path) -> None:
+    archive_set(folder)
+    with contextlib.closing(PackedShard(packed_shards(folder)[0], 1)) as shard:
+        with pytest.raises(CorruptError, match="chunk 0 decodes to 128 bytes, not 64"):
+            shard.decode(0, Codec("zstd", 5).coder("float16"), 64)
+        with pytest.raises(CorruptError, match="chunk 0 cannot be decoded"):
+            shard.decode(0, Codec("pcodec", 8).coder("float16"), 128)
+    rows = packed_rows(folder, CLS)
+    with (
+        contextlib.closing(PackedShard(packed_shards(folder)[0], 1)) as shard,
+        pytest.raises(CorruptError, match="holds 1 chunks only, chunk 1 was asked for"),
+    ):
+        rows._decoded(shard, 1)
+    rows.close()
+    with pytest.raises(StoreError, match="is closed; open it again"):
+        rows.gather(np.arange(2), None, False)
+
+
+@pytest.mark.parametrize("damage", ["bit", "missing"])
+def test_damaged_raw_shards_are_not_archived(folder: Path, damage: str) -> None:
+    path = folder / "data.zarr" / "patches" / "c" / "5" / "0" / "0"
+    before = contents(folder)
+    held = path.read_bytes()
+    if damage == "bit":
+        flip(path, 100)
+    else:
+        path.unlink()
+    with pytest.raises(CorruptError, match="checksum is" if damage == "bit" else "is missing; `featstore verify"):
+        archive_set(folder)
+    path.write_bytes(held)
+    unarchive_set(folder)
+    assert contents(folder) == before
+
+
+def test_a_block_taken_back_needs_no_shard(folder: Path) -> None:
+    """The way out of a damaged archive: its block is taken back, the others return, and it is extracted again."""
+    archive_set(folder)
+    flip(folder / "data.zarr" / "cls" / "c.0.0", 50)
+    book = ledger.read_ledger(folder)
+    commits.take_back(folder, GROUP, book.groups[GROUP], 0, 16)
+    unarchive_set(folder)
+    np.testing.assert_array_equal(ShardedArray(folder / "data.zarr" / "cls").read(16, ROWS), wanted(CLS)[16:])
+    write_missing(folder, 1, block_rows=16)
+    np.testing.assert_array_equal(loaded(folder, CLS), wanted(CLS))
+
+
+def test_metadata_in_both_forms(folder: Path) -> None:
+    spec, book = ledger.read_spec(folder), ledger.read_ledger(folder)
+    assert wanted_metadata(folder, spec, book) == ledger.wanted_metadata(folder, spec, book)
+    archive_set(folder)
+    for path, data in wanted_metadata(folder, spec, book).items():
+        assert path.read_bytes() == data
+
+
+def readable(folder: Path, count: int) -> None:
+    """A reader that opens the set now gets the right values."""
+    for array in (CLS, PATCHES):
+        home = folder / "data.zarr" / array.name
+        separator = files.json.loads((home / "zarr.json").read_bytes())["chunk_key_encoding"]["configuration"][
+            "separator"
+        ]
+        rows = (
+            packed_rows(folder, array).gather(np.arange(count), None, False)
+            if separator == "."
+            else loaded(folder, array)
+        )
+        np.testing.assert_array_equal(rows, wanted(array, count))
+
+
+Step = Callable[[Path], object]
+
+
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=SLOW)])
+@pytest.mark.parametrize(("first", "then"), [("a", "a"), ("a", "u"), ("u", "u"), ("u", "a")])
+def test_a_kill_at_every_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, then: str, after: bool
+) -> None:
+    steps: dict[str, Step] = {"a": archive_set, "u": unarchive_set}
+    raw = new_set(tmp_path / "raw", rows=12)
+    packed_copy = tmp_path / "packed" / "sets" / "demo" / raw.name
+    shutil.copytree(raw, packed_copy)
+    archive_set(packed_copy)
+    ends = {"a": contents(packed_copy), "u": contents(raw)}
+    start = raw if first == "a" else packed_copy
+    with monkeypatch.context() as patch:
+        trap = Trap(at=-1, then=kill)
+        trap.install(patch)
+        shutil.copytree(start, tmp_path / "whole" / "set")
+        trap.count = 0
+        steps[first](tmp_path / "whole" / "set")
+    assert trap.count > 20
+    # The quick round takes every third call.
+    for at in range(1, trap.count + 1, 1 if after else 3):
+        folder = tmp_path / f"trial{at}" / "set"
+        shutil.copytree(start, folder)
+        with monkeypatch.context() as patch:
+            Trap(at=at, then=kill, after=after).install(patch)
+            with contextlib.suppress(KilledError):
+                steps[first](folder)
+        readable(folder, 12)
+        with contextlib.suppress(StoreError):  # unarchiving what was not begun, or is done
+            steps[then](folder)
+        readable(folder, 12)
+        commits.sweep_attempts(folder, older_than=0.0)
+        assert contents(folder) == ends[then]
+        shutil.rmtree(folder.parent)
+
+
+@pytest.mark.realdata
+def test_ratio_of_real_features(shared_data: Path, tmp_path: Path) -> None:
+    with np.load(shared_data / "features" / "cxr_mobilenetv2.npz", allow_pickle=False) as data:
+        values = data["features"][:512].astype(np.float16)
+    array = ArraySpec(name="cls", row_shape=(values.shape[1],), dtype="float16", shard_rows=256, chunk_rows=128)
+    folder = prepare(tmp_path, make_spec_of(block_rows=256), make_manifest(named(512)), [array])
+    for block in range(2):
+        with writer_of(folder, "cls", block) as writer:
+            writer.append({"cls": values[block * 256 : block * 256 + 256]}, states_of(256, 1))
+            assert writer.commit()
+    assert archive_set(folder)["ratio"] > 1.2
+    np.testing.assert_array_equal(packed_rows(folder, array).gather(np.arange(512), None, False), values)
+    unarchive_set(folder)
+    assert archive_set(folder, codec="pcodec")["ratio"] > 1.35
+
+
+def test_the_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from test_upgrade import run
+
+    root, before = folder.parents[2], contents(folder)
+    assert "times smaller (pcodec, level 3)" in run(
+        capsys, root, "archive", "demo/tiny", "--codec", "pcodec", "--level", "3"
+    )
+    assert "leave --codec and --level out" in run(capsys, root, "archive", "demo/tiny", "--codec", "zstd", code=2)
+    assert "of raw shards are back, as they were committed" in run(capsys, root, "unarchive", "demo/tiny")
+    facts = files.json.loads(run(capsys, root, "archive", "demo/tiny", "--json"))
+    assert (facts["codec"], facts["level"]) == ("zstd", 5)
+    (folder / "archive.json").unlink()  # by hand; what was begun still says how to decode
+    assert files.json.loads(run(capsys, root, "unarchive", "demo/tiny", "--json"))["codec"] is None
+    files.create_exclusive(folder / "archiving.json", files.sealed({"codec": "zstd", "level": 5}))
+    assert "the unfinished archiving is given up" in run(capsys, root, "unarchive", "demo/tiny")
+    assert contents(folder) == before
+
+
+def test_compact(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from test_upgrade import run
+
+    root = folder.parents[2]
+    said = run(capsys, root, "compact", "demo/tiny", "--arrays", "cls")
+    assert f"cls copied ({ROWS} rows)" in said
+    assert "cls is current" in run(capsys, root, "compact")
+    rows = files.json.loads(run(capsys, root, "compact", "--json"))
+    assert [copy["array"] for copy in rows[0]["arrays"]] == ["cls", "patches"]
+    archive_set(folder)
+    assert not (folder / "compact.zarr").exists()
+    assert "nothing gains by a copy" in run(capsys, root, "compact")
