@@ -50,10 +50,13 @@ def import_(
     """
     from featstore.store.importer import import_features
     from featstore.store.layout import store_path
+    from featstore.store.locks import writer_lock
 
-    home, folder, count = import_features(
-        store_path(store), file, dataset=dataset, model=name, features_key=features_key, ids_key=ids_key, ids_file=ids
-    )
+    root = store_path(store)
+    with writer_lock(root):
+        home, folder, count = import_features(
+            root, file, dataset=dataset, model=name, features_key=features_key, ids_key=ids_key, ids_file=ids
+        )
     if json:
         show.emit_json({"store": str(home.path), "set": f"{dataset}/{name}", "folder": str(folder), "rows": count})
         return
@@ -138,11 +141,12 @@ def merge(
     """
     from featstore.store.catalog import open_store
     from featstore.store.layout import store_path
+    from featstore.store.locks import writer_lock
     from featstore.store.merge import merge as merge_sets
     from featstore.store.merge import num_blocks
 
     home, target = open_store(source), store_path(store)
-    with show.progress("merge", num_blocks(home, names or []), "blocks") as advance:
+    with writer_lock(target), show.progress("merge", num_blocks(home, names or []), "blocks") as advance:
         results = merge_sets(home, target, names or [], keep=keep, advance=advance)
     if json:
         show.emit_json({"store": str(target), "sets": [asdict(result) for result in results]})

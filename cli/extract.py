@@ -195,7 +195,7 @@ def run_plans(plans: "list[Plan]", run: RunConfig, *, quiet: bool) -> list[dict[
             loaded = plan.spec["identity"]["compute_dtype"]
             backbone = pipeline.load_backbone(plan, run, pipeline.choose_device(run.device))
         with show.progress(plan.name, len(plan.todo)) as advance:
-            summary = pipeline.extract(plan, run, backbone=backbone, advance=advance)
+            summary = pipeline.extract(plan, run, backbone=backbone, advance=advance, say=show.say)
         results.append(_report(summary, plan, quiet=quiet))
     return results
 
@@ -208,6 +208,8 @@ def _report(summary: "Summary", plan: "Plan", *, quiet: bool) -> dict[str, Any]:
             f"({rate:.1f} images/s on {summary.device}, "
             f"batch {summary.batch_size}), {summary.blocks} blocks committed, {summary.failed} failed"
         )
+        for note in summary.notes:
+            print(f"    {note}")
         for reason, count in sorted(summary.reasons.items(), key=lambda item: -item[1]):
             print(f"    {count} x {reason}")
     return {
@@ -217,6 +219,7 @@ def _report(summary: "Summary", plan: "Plan", *, quiet: bool) -> dict[str, Any]:
         "blocks": summary.blocks,
         "seconds": round(summary.seconds, 3),
         "reasons": summary.reasons,
+        "notes": summary.notes,
     }
 
 

@@ -1,7 +1,6 @@
 """`featstore archive, unarchive, compact, upgrade`: the same rows in another layout."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,9 +37,11 @@ def archive(
     Examples: `featstore archive chexpert/dinov3-7b@512`; `featstore archive chexpert/dinov2-base@518 --codec pcodec`.
     """
     from featstore.store.archive import archive_set
+    from featstore.store.locks import writer_lock
 
-    entry = open_home(store).entry(name)
-    with _megabytes("archive", _raw_bytes(entry)) as advance:
+    home = open_home(store)
+    entry = home.entry(name)
+    with writer_lock(home.path), show.megabytes("archive", _raw_bytes(entry)) as advance:
         facts = archive_set(entry.folder, codec=codec, level=level, advance=advance)
     if json:
         show.emit_json({"set": entry.full_name, **facts})
@@ -64,9 +65,11 @@ def unarchive(
     Example: `featstore unarchive chexpert/dinov3-7b@512`.
     """
     from featstore.store.archive import unarchive_set
+    from featstore.store.locks import writer_lock
 
-    entry = open_home(store).entry(name)
-    with _megabytes("unarchive", _raw_bytes(entry)) as advance:
+    home = open_home(store)
+    entry = home.entry(name)
+    with writer_lock(home.path), show.megabytes("unarchive", _raw_bytes(entry)) as advance:
         facts = unarchive_set(entry.folder, advance=advance)
     if json:
         show.emit_json({"set": entry.full_name, **facts})
@@ -94,13 +97,14 @@ def compact(
     """
     from featstore.store.compact import compact as compact_set
     from featstore.store.compact import compactable
+    from featstore.store.locks import writer_lock
 
     home = open_home(store)
     wanted = [part.strip() for part in arrays.split(",") if part.strip()] if arrays else None
     rows: list[dict[str, Any]] = []
     for entry in [home.entry(name)] if name else home.entries():
         total = sum(array.row_bytes * stop for array, stop in compactable(entry.folder, wanted))
-        with _megabytes(f"compact {entry.name}", total) as advance:
+        with writer_lock(home.path), show.megabytes(f"compact {entry.name}", total) as advance:
             copies = compact_set(entry.folder, arrays=wanted, progress=advance)
         rows.append({"set": entry.full_name, "arrays": [asdict(copy) for copy in copies]})
         if not json:
@@ -128,12 +132,13 @@ def upgrade(
     Examples: `featstore upgrade --dry-run`; `featstore upgrade --store /data/features`.
     """
     from featstore.store.layout import store_path
+    from featstore.store.locks import writer_lock
     from featstore.store.upgrade import upgrade_store
 
     root = store_path(store)
     plan = upgrade_store(root, dry_run=True)
     if not dry_run:
-        with show.progress("upgrade", max(1, len(plan["sets"])), "sets") as advance:
+        with writer_lock(root), show.progress("upgrade", max(1, len(plan["sets"])), "sets") as advance:
             plan = upgrade_store(root, advance=advance)
     if json:
         show.emit_json({**plan, "done": not dry_run})
@@ -159,21 +164,6 @@ def _raw_bytes(entry: "Entry") -> int:
 
     book = ledger.read_ledger(entry.folder)
     return sum(array.row_bytes for array in book.arrays.values()) * book.num_rows
-
-
-@contextmanager
-def _megabytes(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress in megabytes for workers that count bytes."""
-    done = 0
-    with show.progress(label, max(1, total // 10**6), "MB") as advance:
-
-        def count(num_bytes: int) -> None:
-            nonlocal done
-            before, done = done, done + num_bytes
-            if done // 10**6 > before // 10**6:
-                advance(done // 10**6 - before // 10**6)
-
-        yield count
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

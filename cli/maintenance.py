@@ -1,6 +1,5 @@
 """`featstore verify, gc, du, mv, rm`: keeping a store whole and small."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,7 +41,7 @@ def verify(
     home = open_home(store)
     outcomes: list[tuple[Verdict, Repair | None]] = []
     for verdict in _verdicts(home, name, deep):
-        mended = _mend(verdict) if repair and not verdict.ok else None
+        mended = _mend(home, verdict) if repair and not verdict.ok else None
         outcomes.append((verdict, mended))
         if not json:
             _print_verdict(verdict, mended, deep)
@@ -75,30 +74,20 @@ def _verdicts(home: "Store", name: str | None, deep: bool) -> "list[Verdict]":
 
     entry = home.entry(name) if name else None
     total = sum(expected_bytes(folder) for folder in ([entry.folder] if entry else set_folders(home)))
-    with show.progress("verify", max(1, total // 10**6), "MB") as advance:
+    with show.megabytes("verify", total) as advance:
         if entry is not None:
-            return [verify_set(home, entry, deep=deep, advance=_megabytes(advance))]
-        return [*verify_store(home, deep=deep, advance=_megabytes(advance))]
+            return [verify_set(home, entry, deep=deep, advance=advance)]
+        return [*verify_store(home, deep=deep, advance=advance)]
 
 
-def _megabytes(advance: show.Advance) -> Callable[[int], None]:
-    """For workers that count bytes: passes on whole megabytes."""
-    done = 0
-
-    def count(num_bytes: int) -> None:
-        nonlocal done
-        before, done = done, done + num_bytes
-        advance(done // 10**6 - before // 10**6)
-
-    return count
-
-
-def _mend(verdict: "Verdict") -> "Repair":
+def _mend(home: "Store", verdict: "Verdict") -> "Repair":
     """One set that cannot be written must not keep the others from being mended."""
+    from featstore.store.locks import writer_lock
     from featstore.store.verify import Repair, repair_set
 
     try:
-        return repair_set(verdict)
+        with writer_lock(home.path):
+            return repair_set(verdict)
     except FeatstoreError as error:
         show.say(f"{verdict.name}: not repaired: {error}")
         return Repair(0, 0, verdict.problems)
@@ -219,8 +208,8 @@ def mv(
     if new is not None:
         print(f"renamed to {rename_set(entry, new)}")
     elif to is not None:
-        with show.progress("mv", max(1, set_bytes(entry) // 10**6), "MB") as advance:
-            folder = move_set(home, entry, to, advance=_megabytes(advance))
+        with show.megabytes("mv", set_bytes(entry)) as advance:
+            folder = move_set(home, entry, to, advance=advance)
         print(f"moved to {folder}")
 
 

@@ -2,12 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    pass
+from typing import Any, Protocol
 
 
 class Advance(Protocol):
@@ -127,3 +124,18 @@ def _lines(label: str, total: int, unit: str) -> Advance:
             say(f"{label}: {done}/{total}, {rate:.1f} {unit}/s{left}{f', {bad} failed' if bad else ''}")
 
     return advance
+
+
+@contextmanager
+def megabytes(label: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Progress in megabytes for workers that count bytes."""
+    done = 0
+    with progress(label, max(1, num_bytes // 10**6), "MB") as advance:
+
+        def count(more: int) -> None:
+            nonlocal done
+            before, done = done, done + more
+            if done // 10**6 > before // 10**6:
+                advance(done // 10**6 - before // 10**6)
+
+        yield count

@@ -77,12 +77,15 @@ def unseal(data: bytes, path: Place) -> dict[str, Any]:
 def read_parquet(data: bytes, columns: list[str] | None = None) -> "pa.Table":
     """The table in the bytes of a parquet file, page checksums verified.
 
-    Not by `pq.read_table`, whose reading ahead in a buffer can abort the process at its exit (pyarrow 26).
+    Not by `pq.read_table`, and by one thread: threads of pyarrow 26 that read from a buffer can abort the process when
+    it ends.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(columns=columns)
+    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(
+        columns=columns, use_threads=False
+    )
 
 
 def retry(call: Callable[[], T], *, tries: int = 4, pause: float = 0.2) -> T:

@@ -9,12 +9,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from featstore.configs import TOKENS, SetConfig
+from featstore.configs import TOKENS, SetConfig, parse_reduce
 
 
 def as_request(config: SetConfig, *, compute_dtype: str) -> dict[str, Any]:
     """Everything of a request that is not a default, the compute dtype as it was resolved."""
-    asked = {**asdict(config), "compute_dtype": compute_dtype}
+    reduce = ",".join(parse_reduce(config.reduce))  # one spelling
+    asked = {**asdict(config), "compute_dtype": compute_dtype, "reduce": reduce}
     defaults = {item.name: item.default for item in fields(SetConfig)}
     values = {key: value for key, value in asked.items() if value != defaults[key]}
     if config.weights is not None:

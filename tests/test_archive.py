@@ -506,3 +506,63 @@ def test_compact(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive_set(folder)
     assert not (folder / "compact.zarr").exists()
     assert "nothing gains by a copy" in run(capsys, root, "compact")
+
+
+def test_the_set_as_a_whole_while_it_is_archived(folder: Path) -> None:
+    """Readers, `verify` and writers, by way of the store."""
+    from featstore.store.catalog import Store
+    from featstore.store.verify import repair_set, verify_set
+
+    store = Store(folder.parents[2])
+    before = contents(folder)
+    for codec in packed.CODECS:
+        archive_set(folder, codec=codec)
+        fs = store["demo", "tiny"]
+        for array in (CLS, PATCHES):
+            np.testing.assert_array_equal(fs.array(array.name).load(verify=True), wanted(array))
+            np.testing.assert_array_equal(fs.array(array.name)[[28, 0, 3, 3]], wanted(array)[[28, 0, 3, 3]])
+        reader = ShardedArray(folder / "data.zarr" / "cls")
+        assert not reader.is_mapped
+        assert verify_set(store, store.entry("demo/tiny"), deep=True).ok
+        flip(folder / "archive.json", 200)
+        assert "archive.json" in [item.place for item in verify_set(store, store.entry("demo/tiny")).problems]
+        flip(folder / "archive.json", 200)
+        flip(folder / "data.zarr" / "cls" / "c.2.0", 50)
+        verdict = verify_set(store, store.entry("demo/tiny"), deep=True)
+        assert [(item.place, item.group, item.block) for item in verdict.problems] == [
+            ("data.zarr/cls/c.2.0", GROUP, 1)
+        ]
+        assert repair_set(verdict).num_blocks == 1
+        unarchive_set(folder)
+        with pytest.raises(CorruptError, match=r"c\.0\.0 is missing; open the set again if it was unarchived"):
+            reader.load()
+        write_missing(folder, 1, block_rows=16)
+        assert contents(folder) == before
+
+
+def test_archived_sets_do_not_grow(folder: Path) -> None:
+    archive_set(folder)
+    after = contents(folder)
+    manifest = make_manifest(named(ROWS))
+    assert len(ledger.add_rows(folder, manifest, dict)) == ROWS  # nothing new: nothing is written
+    ledger.add_arrays(folder, [CLS])
+    ledger.write_metadata(folder, ledger.read_spec(folder), ledger.read_ledger(folder))
+    refusal = "run `featstore unarchive` on it first"
+    with pytest.raises(StoreError, match=refusal):
+        ledger.add_rows(folder, make_manifest(named(ROWS + 1)), dict)
+    with pytest.raises(StoreError, match=refusal):
+        ledger.add_arrays(folder, [replace(CLS, name="mean_patch")])
+    with pytest.raises(StoreError, match=refusal), writer_of(folder, GROUP, 0):
+        pass
+    assert contents(folder) == after
+
+
+def test_bfloat16_by_pcodec_is_bfloat16_to_us(tmp_path: Path) -> None:
+    import ml_dtypes
+
+    array = replace(CLS, dtype="bfloat16")
+    folder = new_set(tmp_path, [array])
+    archive_set(folder, codec="pcodec")
+    rows = ShardedArray(folder / "data.zarr" / "cls").load()
+    assert rows.dtype == ml_dtypes.bfloat16
+    assert words(rows) == words(wanted(array))

@@ -177,6 +177,7 @@ def test_folders_that_cannot_be_synced_pass_and_bad_disks_do_not(
     def refuse(_: int) -> None:
         raise OSError(codes[0], os.strerror(codes[0]))
 
+    (tmp_path / files.MODE).write_bytes(files.sealed({"mode": "link", "fsync": False, "probed": ""}))
     monkeypatch.setattr(os, "fsync", refuse)
     files.sync_folder(tmp_path)
     codes.pop(0)

@@ -87,7 +87,7 @@ def table_digest(table: "pa.Table") -> str:
         mask = np.packbits(np.asarray(column.is_null().to_numpy(zero_copy_only=False), dtype=bool))
         kind = column.type
         if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-            values = np.ascontiguousarray(column.fill_null(0).to_numpy(zero_copy_only=False)).tobytes()
+            values = np.ascontiguousarray(column.fill_null(0).to_numpy(zero_copy_only=False)).view(np.uint8).data
             lengths = b""
         else:
             if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
@@ -96,7 +96,9 @@ def table_digest(table: "pa.Table") -> str:
                 column = pa.array([None if value is None else repr(value) for value in column.to_pylist()], pa.string())
             text = column.cast(pa.large_string()).fill_null("")
             lengths = np.asarray(pc.binary_length(text), dtype="<i8").tobytes()
-            values = "".join(text.to_pylist()).encode()
+            _, offsets, data = text.buffers()
+            ends = np.frombuffer(offsets, "<i8")[[text.offset, text.offset + len(text)]] if len(text) else (0, 0)
+            values = memoryview(b"" if data is None else data)[ends[0] : ends[1]]
         total.update(files.canonical_json([name, str(kind), len(column)]))
         for part in (mask.tobytes(), lengths, values):
             total.update(hashlib.sha256(part).digest())
@@ -286,7 +288,7 @@ def load(folder: Place, name: str, short: str | None = None) -> Manifest:
         raise UnknownNameError(
             f"unknown data set {name!r}; registered: {known}; add it with `featstore register {name} ROOT`"
         )
-    wanted = short or (folder / name / "current").read_text().strip()
+    wanted = short or (folder / name / "current").read_bytes().decode("ascii", "replace").strip()
     folders = sorted(path for path in (folder / name).iterdir() if path.is_dir())
     matches = [path for path in folders if path.name.startswith(wanted[:8])]
     missing = f"data set {name!r} has no manifest {wanted!r}; it has {', '.join(path.name for path in folders)}"

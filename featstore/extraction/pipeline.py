@@ -25,12 +25,15 @@ from featstore.extraction.plan import Plan
 from featstore.extraction.prepare import is_prepared, prepare
 from featstore.extraction.reduce import Reducer, settle, summary_line
 from featstore.images import to_pixels
-from featstore.store import commits, ledger, reductions
+from featstore.objects import Place
+from featstore.store import commits, compact, ledger, reductions
 from featstore.store.commits import BlockWriter
 from featstore.store.diff import as_tokens, parity_limit, parity_of, row_differences
 from featstore.store.layout import ArraySpec, read_spec
+from featstore.store.locks import writer_lock
 from featstore.store.reader import ShardedArray
 
+COMPACT_BYTES = 16 * 2**20  # smaller arrays load at once however they are cut
 TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -91,6 +94,22 @@ def extract(
     Raises:
         FeatstoreError: files changed, too many failures, an overflow, or results that do not match what is committed.
     """
+    with writer_lock(plan.folder.parents[2]) as lock:
+
+        def alive(images: int, failed: int) -> None:
+            lock.renew()
+            advance(images, failed)
+
+        return _extract(plan, run, backbone, alive, say)
+
+
+def _extract(
+    plan: Plan,
+    run: RunConfig,
+    backbone: Backbone | None,
+    advance: Callable[[int, int], None],
+    say: Callable[[str], None],
+) -> Summary:
     started = time.monotonic()
     summary = Summary(plan.name)
     if len(plan.todo) == 0:
@@ -114,7 +133,27 @@ def extract(
     summary.seconds = time.monotonic() - started
     _write_run(plan, run, summary)
     commits.sweep_attempts(plan.folder, older_than=commits.STALE_SECONDS)
+    _compact(plan, summary)
     return summary
+
+
+def _compact(plan: Plan, summary: Summary) -> None:
+    """Large shards of small arrays beside a set that is complete; without them it is whole too, only slower to load."""
+    try:
+        gain = [
+            array.name for array, stop in compact.compactable(plan.folder) if stop * array.row_bytes >= COMPACT_BYTES
+        ]
+        if gain and not _is_incomplete(plan.folder):
+            compact.compact(plan.folder, arrays=gain)
+    except StoreError as error:
+        summary.notes.append(f"no compact copies: {error}")
+
+
+def _is_incomplete(folder: Place) -> bool:
+    """Whether any block of any array is not committed."""
+    book = ledger.read_ledger(folder)
+    blocks = {block for block, _, _ in book.blocks(int(read_spec(folder)["layout"]["block_rows"]))}
+    return any(blocks - commits.committed_blocks(folder, group) for group in book.groups)
 
 
 def load_backbone(plan: Plan, run: RunConfig, device: str) -> Backbone:

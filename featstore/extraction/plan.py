@@ -16,6 +16,7 @@ from featstore.errors import ConfigError, IncompleteError
 from featstore.images import PreprocessSpec, fit_size, parse_resolution
 from featstore.images.preprocess import hf_size
 from featstore.objects import Place, as_object
+from featstore.request import as_request
 from featstore.store import commits, ledger, reductions
 from featstore.store.catalog import Store
 from featstore.store.layout import ITEMSIZE, ArraySpec, block_rows, make_spec, read_spec, set_folder, set_name
@@ -238,6 +239,7 @@ def make_plan(
         weights={**source.weights, "model": source.name},
         random=source.random,
     )
+    spec["request"] = as_request(config, compute_dtype=identity["compute_dtype"])
     folder = set_folder(store.path, spec)
     spec = existing_spec(folder, spec, config.block_rows)
     return Plan(

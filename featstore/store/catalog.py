@@ -2,7 +2,6 @@
 
 import html
 import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -169,7 +168,7 @@ class Store:
             return folder
         for left in folder.parent.glob(".removing-*"):  # by a removal that was killed
             shutil.rmtree(left, ignore_errors=True)
-        doomed = folder.with_name(f".removing-{uuid.uuid4().hex}")
+        doomed = folder.with_name(f".removing-{files.own_name()}")
         try:
             folder.rename(doomed)  # gone at once for every reader, then emptied
             shutil.rmtree(doomed)

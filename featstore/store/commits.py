@@ -42,6 +42,7 @@ from featstore.store.decisions import intent_path as intent_path
 from featstore.store.decisions import marker_path as marker_path
 from featstore.store.layout import ArraySpec
 from featstore.store.ledger import Ledger
+from featstore.store.packed import check_not_archived
 from featstore.store.shards import ShardSummary, ShardWriter, read_summary, shard_key
 
 HASH_HEX = 32  # 128 bits of SHA-256 a row: enough to tell contents apart, small enough to keep in the marker
@@ -156,6 +157,7 @@ class BlockWriter:
     _scratch: Path | None = None
 
     def __enter__(self) -> "BlockWriter":
+        check_not_archived(self.folder)
         enter(self.folder.parents[2])
         if as_object(self.folder) is not None:
             with files.writing(files.user_cache()):
@@ -457,16 +459,17 @@ def check_finite(array: ArraySpec, values: np.ndarray, failed: Bool[np.ndarray, 
 
 
 # Where killed writers leave files that did not get their name yet; in data.zarr they stand beside zarr.json only.
-_PARTIAL = ("", "ledger/", "rows/", "runs/", "commits/*/", "data.zarr/", "data.zarr/*/", "data.zarr/layers/*/*/")
+_PARTIAL = (
+    *("", "ledger/", "rows/", "runs/", "reductions/", "compact.zarr/", "commits/*/"),
+    *("data.zarr/", "data.zarr/*/", "data.zarr/layers/*/*/"),
+)
 
 
 def sweep_attempts(folder: Place, *, older_than: float) -> int:
     """Remove what killed writers left; returns the number of attempts.
 
     A writer counts as dead if it was a process of this machine and is gone, or if it has changed nothing for
-    `older_than` seconds.
-
-    Attempts that an intent names are kept: they are the block.
+    `older_than` seconds. Attempts that an intent names are kept: they are the block.
     """
     home = folder / "attempts"
     kept = decided_attempts(folder)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from featstore.datasets.manifest import Manifest
 from featstore.errors import ConfigError, IncompleteError, UnknownNameError
 from featstore.objects import Place
-from featstore.store import commits, ledger, reductions
+from featstore.store import commits, compact, ledger, reductions
 from featstore.store.layout import read_spec, set_name
 from featstore.store.reader import ShardedArray, split_key
 from featstore.store.reductions import Reduction
@@ -77,7 +77,7 @@ class RowArray:
             first = np.zeros(0, np.int64)  # numpy makes an empty list a list of floats
         positions = np.arange(len(self))[first]
         self._check(self.pending[positions])
-        block = self._decode(self.array.gather(self.rows[positions.ravel()]), positions.ravel())
+        block = self.decode(self.array.gather(self.rows[positions.ravel()]), positions.ravel())
         if not rest:
             return block.reshape(positions.shape + self.shape[1:])
         # What numpy still has to do, on the rows read: integers and lists broadcast with the lists in `rest`.
@@ -92,9 +92,10 @@ class RowArray:
             values = self.array.read(int(self.rows[0]), int(self.rows[0]) + count, verify=verify)
         else:
             values = self.array.gather(self.rows, verify=verify)
-        return self._decode(values, np.arange(count))
+        return self.decode(values, np.arange(count))
 
-    def _decode(self, values: np.ndarray, positions: Int64[np.ndarray, " K"]) -> np.ndarray:
+    def decode(self, values: np.ndarray, positions: Int64[np.ndarray, " K"]) -> np.ndarray:
+        """Stored rows of these manifest positions as they are returned: integers as floats, failed rows as NaN."""
         if self.reduction is None or not self.reduction.is_int8:
             return values
         decoded = self.reduction.decode(values)
@@ -186,7 +187,11 @@ class FeatureSet:
         if reduction is not None and reduction.is_int8:  # what integers cannot say, the markers do
             failed = np.zeros(len(self), bool)
             failed[list(self._failures_of(group))] = True
-        return RowArray(ShardedArray(folder), self.row_index, pending, f"{self.name}:{name}", reduction, failed)
+        needed = int(self.row_index[~pending].max(initial=-1)) + 1
+        reader = compact.open_compact(self.folder, name, needed)
+        if reader is None:
+            reader = ShardedArray(folder)
+        return RowArray(reader, self.row_index, pending, f"{self.name}:{name}", reduction, failed)
 
     def reduction(self, array: str) -> Reduction | None:
         """What was done to an array before it was stored, and the loss that was measured; None if nothing was."""
@@ -222,14 +227,13 @@ class FeatureSet:
 
     def _failures_of(self, group: str) -> dict[int, str]:
         size = int(self.spec["layout"]["block_rows"])
-        position = {int(row): i for i, row in enumerate(self.row_index)}
-        wanted = {int(block) for block in np.unique(self.row_index // size)}
-        found: dict[int, str] = {}
-        for block in sorted(commits.committed_blocks(self.folder, group) & wanted):
-            if (group, block) not in self._failed:
-                self._failed[group, block] = commits.read_commit(self.folder, group, block).failed
-            found.update({position[row]: why for row, why in self._failed[group, block].items() if row in position})
-        return found
+        held = commits.committed_blocks(self.folder, group) & set(np.unique(self.row_index // size).tolist())
+        unread = {block for block in held if (group, block) not in self._failed}
+        for block, commit in commits.read_commits(self.folder, group, unread).items() if unread else ():
+            self._failed[group, block] = commit.failed
+        reasons = {row: why for block in sorted(held) for row, why in self._failed.get((group, block), {}).items()}
+        positions = np.flatnonzero(np.isin(self.row_index, np.fromiter(reasons, np.int64, len(reasons))))
+        return {int(position): reasons[int(self.row_index[position])] for position in positions}
 
     def _states(self) -> tuple[np.ndarray, dict[int, str]]:
         """(state of each sample, reasons of those that failed)."""
@@ -270,7 +274,7 @@ class FeatureSet:
         """
         arrays = [self.array(name) for name in self.parts(features)]
         if features == "mean_all":
-            return _token_mean(arrays, verify)
+            return token_mean(arrays, verify)
         loaded = [array.load(verify=verify) for array in arrays]
         if len(loaded) == 1:
             return loaded[0]
@@ -315,7 +319,7 @@ class FeatureSet:
         return f"<table><caption>{html.escape(self.name)}</caption>{cells}</table>"
 
 
-def _token_mean(arrays: list[RowArray], verify: bool) -> Float32[np.ndarray, "N D"]:
+def token_mean(arrays: list[RowArray], verify: bool) -> Float32[np.ndarray, "N D"]:
     """Mean over the tokens of all arrays, taken in float32, in pieces of rows."""
     count = len(arrays[0])
     weights = [_patches_behind(array) for array in arrays]

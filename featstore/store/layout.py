@@ -3,6 +3,7 @@
 Everything here follows from the spec alone: never from the number of rows, the world size or the machine.
 """
 
+import contextlib
 import os
 import re
 from dataclasses import asdict, dataclass, replace
@@ -73,11 +74,10 @@ def check_store(root: Place, *, create: bool = False) -> None:
         raise StoreError(f"{root}: a store is a folder, this is a file; pass another --store or set {HOME}")
     if create:
         enter(root)
-    try:
+    data: bytes | None = None
+    with contextlib.suppress(FileNotFoundError):
         data = mark.read_bytes()  # where a bucket is missing or closed, this says so
-    except FileNotFoundError:
-        data = b""
-    if data:
+    if data is not None:
         schema = _check_schema(data, f"{root}: this store")
         files.unseal(data, mark)
         if create:

@@ -18,9 +18,12 @@ from featstore import files
 from featstore.errors import CorruptError, IncompleteError
 from featstore.objects import Place
 from featstore.store.layout import ArraySpec, read_spec
+from featstore.store.packed import Codec, archived, check_not_archived
 from featstore.store.shards import array_metadata, chunk_rows_for, group_metadata, shard_rows_for
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from featstore.datasets.manifest import Manifest
 
 
@@ -123,6 +126,7 @@ def add_arrays(folder: Place, arrays: list[ArraySpec]) -> Ledger:
         new = [array for array in arrays if array.name not in ledger.arrays]
         if not new:
             return ledger
+        check_not_archived(folder)
         group = group_name([array.name for array in new])
         entry = {"kind": "arrays", "group": group, "arrays": [array.fixed(size).as_dict() for array in new]}
         files.create_exclusive(entry_path(folder, ledger.num_entries), files.sealed(entry))
@@ -145,7 +149,8 @@ def read_rows(folder: Place, manifest: str) -> Int64[np.ndarray, " N"]:
         raise IncompleteError(
             f"{folder.name}: not extracted for manifest {manifest}; run the same `featstore extract` again"
         )
-    return read_mapping(path)[2]
+    rows: Int64[np.ndarray, " N"] = read_mapping_table(path, ("row",)).column("row").to_numpy()
+    return rows
 
 
 def read_mapping(path: Place) -> tuple[list[str], list[int], Int64[np.ndarray, " N"]]:
@@ -154,21 +159,30 @@ def read_mapping(path: Place) -> tuple[list[str], list[int], Int64[np.ndarray, "
     Raises:
         CorruptError: it cannot be read.
     """
+    ids, sizes, rows = read_mapping_table(path).columns
+    return ids.to_pylist(), sizes.to_pylist(), rows.to_numpy()
+
+
+def read_mapping_table(path: Place, columns: tuple[str, ...] = ("id", "size", "row")) -> "pa.Table":
+    """Columns of a mapping as arrow holds them, a fraction of Python's lists.
+
+    Raises:
+        CorruptError: it cannot be read.
+    """
     import pyarrow as pa
 
+    types = {"id": pa.string(), "size": pa.int64(), "row": pa.int64()}
     try:
         data = path.read_bytes()
         if seal_path(path).is_file():
             seal = files.unseal(seal_path(path).read_bytes(), seal_path(path))
             if (seal["bytes"], seal["sha256"]) != (len(data), files.digest(data)):
                 raise ValueError("other bytes than were written")
-        columns = ["id", "size", "row"]
-        table = files.read_parquet(data, columns)
+        table = files.read_parquet(data, list(columns))
         # A flipped bit in the file's own description can give the same bytes another type.
-        if table.schema.types != [pa.string(), pa.int64(), pa.int64()] or table.column("row").null_count:
+        if table.schema.types != [types[name] for name in columns] or table.column("row").null_count:
             raise pa.ArrowInvalid(f"columns are {table.schema.types}")
-        ids, sizes, rows = table.columns
-        return ids.to_pylist(), sizes.to_pylist(), rows.to_numpy()
+        return table
     except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptError(f"{path}: damaged ({type(error).__name__}); restore it from a copy") from error
 
@@ -247,16 +261,18 @@ def add_rows(folder: Place, manifest: "Manifest", contents: Callable[[], dict[in
         if mine:
             rows[new] = np.arange(mine[-1].start, mine[-1].start + len(new))
             return _write_rows(folder, manifest, rows)
+        check_not_archived(folder)
         start = -(-ledger.num_rows // rows_per_block) * rows_per_block
         entry = {"kind": "rows", "start": start, "stop": start + len(new), "manifest": manifest.short}
         files.create_exclusive(entry_path(folder, ledger.num_entries), files.sealed(entry))
 
 
 def wanted_metadata(folder: Place, spec: dict[str, Any], ledger: Ledger) -> dict[Place, bytes]:
-    """Every `zarr.json` that the ledger asks for, and its bytes."""
+    """Every `zarr.json` that the ledger asks for, and its bytes; of the compressed arrays where the set is archived."""
     root = folder / "data.zarr"
     wanted = {root: group_metadata({"featstore": {"schema": spec["schema"], "fingerprint": spec["fingerprint"]}})}
     rows_per_block = int(spec["layout"]["block_rows"])
+    sealed = archived(folder)
     for array in ledger.arrays.values():
         shard, chunk = array.layout(rows_per_block)
         wanted[root / array.name] = array_metadata(
@@ -268,6 +284,9 @@ def wanted_metadata(folder: Place, spec: dict[str, Any], ledger: Ledger) -> dict
             attributes={},
             dimension_names=array.axes if spec["schema"] > 1 else None,
         )
+        if sealed is not None:
+            codec = Codec(sealed["codec"], sealed["level"])
+            wanted[root / array.name] = codec.metadata(wanted[root / array.name], array.dtype)
         for parent in PurePosixPath(array.name).parents:  # layers/3/cls: `layers` and `layers/3` are groups
             if parent != PurePosixPath("."):
                 wanted[root / parent] = group_metadata({})

@@ -185,7 +185,7 @@ def _copy_file(source: Path, final: Path) -> None:
                     wanted.update(data)
                     file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                files.sync(file.fileno(), final)
             if _digest(partial) != wanted.hexdigest():
                 raise CorruptError(f"{final}: does not read back as it was written; check that disk") from error
         os.replace(partial, final)

@@ -17,6 +17,7 @@ from jaxtyping import Shaped
 from featstore.errors import ConfigError, CorruptError, StoreError
 from featstore.objects import Place, as_object, connection
 from featstore.store.mapped import MappedRows
+from featstore.store.packed import ATTRIBUTE, ArchivedRows
 from featstore.store.remote import ObjectCache, RemoteRows, default_cache
 from featstore.store.shards import ShardLayout
 
@@ -45,7 +46,11 @@ class ShardedArray:
         self.attributes: dict[str, Any] = metadata.get("attributes", {})
         layout = _shard_layout(metadata)
         self._backend: _Backend
-        if layout is None:
+        if ATTRIBUTE in self.attributes:
+            if held is not None:
+                raise StoreError(f"{self.path}: archived arrays are read from a folder; copy the set to a local store")
+            self._backend = ArchivedRows(Path(path), metadata)
+        elif layout is None:
             self._backend = _ZarrRows(self.path, metadata)
         elif held is None:
             self._backend = MappedRows(self.path, layout, len(self))
@@ -58,7 +63,7 @@ class ShardedArray:
     @property
     def is_mapped(self) -> bool:
         """Whether rows come from shards as we write them; else zarr-python reads, and absent chunks are fill values."""
-        return not isinstance(self._backend, _ZarrRows)
+        return not isinstance(self._backend, _ZarrRows | ArchivedRows)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -105,6 +110,12 @@ class ShardedArray:
         if not len(numbers):
             return np.empty((0, *self.row_shape), self.dtype) if out is None else out
         return self._backend.gather(numbers, out, verify)
+
+    def prefetch(self, rows: np.ndarray | Sequence[int]) -> None:
+        """Ask for rows that are gathered soon, without waiting; nothing happens where none are mapped."""
+        numbers = _row_numbers(rows, len(self))
+        if numbers.size and isinstance(self._backend, MappedRows | RemoteRows):
+            self._backend.prefetch(numbers.ravel())
 
     def read(
         self, start: int, stop: int, out: Shaped[np.ndarray, "..."] | None = None, verify: bool = False

@@ -17,8 +17,7 @@ from jaxtyping import Int64, Shaped
 from torch.utils.data import Dataset
 
 from featstore.errors import ConfigError, DeviceError, IncompleteError
-from featstore.store.features import FeatureSet, RowArray, _token_mean
-from featstore.store.mapped import MappedRows
+from featstore.store.features import FeatureSet, RowArray, token_mean
 
 DEFAULT_FEATURES = "cls+mean_patch"
 TOKEN_MEAN = "mean_all"
@@ -142,7 +141,7 @@ def _gather(
     flat = out.reshape(len(positions), int(np.prod(out.shape[1:])))
     column = 0
     for part in parts:
-        values = part._decode(part.array.gather(part.rows[positions], verify=verify), positions)
+        values = part.decode(part.array.gather(part.rows[positions], verify=verify), positions)
         width = int(np.prod(part.shape[1:]))
         flat[:, column : column + width] = values.reshape(len(positions), width)
         column += width
@@ -261,13 +260,12 @@ class FeatureDataset(Dataset[tuple[torch.Tensor, ...]]):
     def prefetch(self, positions: Int64[np.ndarray, " B"]) -> None:
         """Ask the system to read these samples, without waiting; nothing happens where rows are not mapped."""
         for part in self._opened():
-            if isinstance(part.array._backend, MappedRows) and len(positions):
-                part.array._backend.prefetch(part.rows[positions])
+            part.array.prefetch(part.rows[positions])
 
     def _features(self, positions: Int64[np.ndarray, " B"], pin: bool) -> torch.Tensor:
         parts = self._opened()
         if self.features == TOKEN_MEAN:
-            tensor = _tensor(_token_mean([_take(part, positions) for part in parts], False))
+            tensor = _tensor(token_mean([_take(part, positions) for part in parts], False))
             return tensor.pin_memory() if pin else tensor
         if not pin:
             return _tensor(_gather(parts, positions))

@@ -198,7 +198,7 @@ def _link(source: Path, target: Path) -> None:
             ) from error
         shutil.copyfile(source, target)
         with open(target, "rb+") as file:
-            os.fsync(file.fileno())
+            files.sync(file.fileno(), target)
 
 
 def _compare(root: Place, old: Entry, new: Entry) -> None:

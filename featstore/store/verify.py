@@ -13,7 +13,7 @@ import numpy as np
 from featstore import files
 from featstore.datasets import manifest as manifests
 from featstore.datasets.manifest import Manifest
-from featstore.errors import FeatstoreError
+from featstore.errors import CorruptError, FeatstoreError
 from featstore.objects import Place
 from featstore.store import commits, ledger
 from featstore.store.catalog import Entry, Store
@@ -183,7 +183,7 @@ def _verify_folder(folder: Place, known: _Manifests, deep: bool, advance: Callab
     except OSError as error:
         return Verdict(name, 0, 0, [Problem("spec or ledger", str(error))], folder)
     archived = (folder / "archive.json").is_file()
-    problems = [*_check_names(folder, spec, book), *([] if archived else _check_metadata(folder, spec, book))]
+    problems = [*_check_names(folder, spec, book), *_check_metadata(folder, spec, book)]
     whole = not any(item.rewrite for item in problems)
     readers = {}
     if deep and whole and not archived:
@@ -229,8 +229,12 @@ def _check_names(folder: Place, spec: dict[str, Any], book: ledger.Ledger) -> It
 
 
 def _check_metadata(folder: Place, spec: dict[str, Any], book: ledger.Ledger) -> list[Problem]:
+    try:
+        wanted = ledger.wanted_metadata(folder, spec, book)
+    except CorruptError:
+        return []  # of archive.json, which is reported elsewhere
     problems = []
-    for path, data in ledger.wanted_metadata(folder, spec, book).items():
+    for path, data in wanted.items():
         if not path.is_file() or path.read_bytes() != data:
             what = "is missing or not what the ledger asks for; --repair or the next extract writes it again"
             problems.append(Problem(path.relative_to(folder).as_posix(), what, rewrite=True))
@@ -364,7 +368,8 @@ def _check_mappings(folder: Place, spec: dict[str, Any], book: ledger.Ledger, kn
     for path in paths:
         place = f"rows/{path.name}"
         try:
-            ids, sizes, rows = ledger.read_mapping(path)
+            mapping = ledger.read_mapping_table(path)
+            rows = mapping.column("row").to_numpy()
         except (FeatstoreError, OSError, ValueError) as error:
             yield Problem(place, str(error))
             continue
@@ -374,8 +379,8 @@ def _check_mappings(folder: Place, spec: dict[str, Any], book: ledger.Ledger, kn
         if manifest is None:
             continue
         inside = len(rows) == 0 or 0 <= rows.min() <= rows.max() < book.num_rows
-        samples = manifest.column("id"), manifest.column("size")
-        if (ids, sizes) != samples or not inside or len(np.unique(rows)) != len(rows):
+        same = mapping.select(["id", "size"]).equals(manifest.table.select(["id", "size"]))
+        if not same or not inside or len(np.unique(rows)) != len(rows):
             yield Problem(place, f"does not map the {len(manifest)} samples of its manifest, each to a row")
         elif spec["schema"] > 1 and not ledger.seal_path(path).is_file():
             what = "agrees with its manifest and is not sealed; --repair or the next extract does it"
@@ -391,7 +396,7 @@ def _check_mappings(folder: Place, spec: dict[str, Any], book: ledger.Ledger, kn
 
 def _check_extras(folder: Place, deep: bool) -> Iterator[Problem]:
     """Parameters of reductions, compact copies, archives."""
-    from featstore.store.archive import check_archive
+    from featstore.store.archive import damaged_shards
     from featstore.store.compact import check_copies
 
     for path in sorted((folder / "reductions").glob("*.safetensors")):
@@ -400,8 +405,8 @@ def _check_extras(folder: Place, deep: bool) -> Iterator[Problem]:
     for place, what in check_copies(folder, deep=deep):
         yield Problem(place, f"{what}; --repair removes this copy, `featstore compact` makes it again", rewrite=True)
     try:
-        for place, what in check_archive(folder, deep=deep):
-            yield Problem(place, what)
+        for place, what, group, block in damaged_shards(folder, deep=deep):
+            yield Problem(place, what, group, block)
     except OSError as error:
         yield Problem("archive.json", str(error))
 
