@@ -19,6 +19,7 @@ from featstore.errors import CorruptError, IncompleteError
 from featstore.objects import Place
 from featstore.store.layout import ArraySpec, read_spec
 from featstore.store.packed import Codec, archived, check_not_archived
+from featstore.store.reductions import reduction_attributes
 from featstore.store.shards import array_metadata, chunk_rows_for, group_metadata, shard_rows_for
 
 if TYPE_CHECKING:
@@ -281,7 +282,7 @@ def wanted_metadata(folder: Place, spec: dict[str, Any], ledger: Ledger) -> dict
             dtype=array.dtype,
             chunk_rows=chunk,
             shard_rows=shard,
-            attributes={},
+            attributes=reduction_attributes(folder, spec, array.name),
             dimension_names=array.axes if spec["schema"] > 1 else None,
         )
         if sealed is not None:

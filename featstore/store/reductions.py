@@ -181,6 +181,17 @@ def description(folder: Place, spec: dict[str, Any], array: str) -> dict[str, An
         return None
 
 
+def reduction_attributes(folder: Place, spec: dict[str, Any], array: str) -> dict[str, Any]:
+    """What the array's `zarr.json` tells readers of plain zarr: steps, grids, and where the parameters stand."""
+    steps = steps_of(spec)
+    held = description(folder, spec, array) if is_reduced(array, steps) else None
+    if held is None:
+        return {}
+    entry = held["arrays"][array]
+    kept = {key: entry[key] for key in ("grid", "kept_grid", "dim", "dtype")}
+    return {"featstore": {"reduction": {"steps": list(steps), "parameters": held["parameters"], **kept}}}
+
+
 def read_reduction(folder: Place, spec: dict[str, Any], array: str) -> Reduction | None:
     """What happened to an array; None if it is stored as the network gave it.
 

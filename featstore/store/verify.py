@@ -15,7 +15,7 @@ from featstore.datasets import manifest as manifests
 from featstore.datasets.manifest import Manifest
 from featstore.errors import CorruptError, FeatstoreError
 from featstore.objects import Place
-from featstore.store import commits, ledger
+from featstore.store import commits, ledger, reductions
 from featstore.store.catalog import Entry, Store
 from featstore.store.layout import ArraySpec, check_current, read_spec, set_name
 from featstore.store.reader import ShardedArray
@@ -25,7 +25,10 @@ T = TypeVar("T")
 
 PIECE_BYTES = 16 * 2**20  # values are looked at in pieces of this size, one for each thread
 THREADS = min(4, os.cpu_count() or 1)  # waiting for the disk and looking at values overlap; checksums hold the GIL
-SEALED = ("spec.json", "ledger/*.json", "rows/*.json", "runs/*.json", "commits/*/*.json")
+SEALED = (
+    *("spec.json", "ledger/*.json", "rows/*.json", "runs/*.json", "commits/*/*.json"),
+    *("reductions/*.json", "compact.zarr/*.json", "archive.json"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +210,7 @@ def _verify_folder(folder: Place, known: _Manifests, deep: bool, advance: Callab
         if what:
             problems.append(Problem(shard.place(what), what, shard.group, shard.commit.block))
     problems += _check_mappings(folder, spec, book, known)
-    problems += _check_extras(folder, deep)
+    problems += _check_extras(folder, spec, book, deep)
     if deep:
         problems += _check_seals(folder)
     return Verdict(name, count, total, problems, folder, _leftovers(folder, shards) if deep else [])
@@ -394,11 +397,16 @@ def _check_mappings(folder: Place, spec: dict[str, Any], book: ledger.Ledger, kn
             yield Problem(f"rows/{segment.manifest}.parquet", what)
 
 
-def _check_extras(folder: Place, deep: bool) -> Iterator[Problem]:
+def _check_extras(folder: Place, spec: dict[str, Any], book: ledger.Ledger, deep: bool) -> Iterator[Problem]:
     """Parameters of reductions, compact copies, archives."""
     from featstore.store.archive import damaged_shards
     from featstore.store.compact import check_copies
 
+    for name in book.arrays:
+        try:
+            reductions.read_reduction(folder, spec, name)
+        except OSError as error:
+            yield Problem(f"reductions of {name}", str(error))
     for path in sorted((folder / "reductions").glob("*.safetensors")):
         if not files.digest(path.read_bytes()).startswith(path.stem):
             yield Problem(f"reductions/{path.name}", "other bytes than its name says; restore it from a copy")
