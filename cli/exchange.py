@@ -93,7 +93,8 @@ def export(
     cxr/dinov3-base@512 cxr.faiss --features cls` (inner product of unit rows); `featstore export cxr/dinov3-base@512
     public.parquet --deidentify`. .npy, .safetensors and .faiss hold numbers only: ids, split and labels stand in the
     same order in FILE.rows.parquet. With --deidentify every id, group and study becomes a prefix of a keyed SHA-256;
-    without --salt nobody knows the key, and two exports share no name.
+    without --salt nobody knows the key, and two exports share no name. Label columns that may name people (long or many
+    different numbers, many different texts, parts of the sample's own id, path, group or study) are then refused.
     """
     from featstore.store.export import ExportConfig, export_features, new_salt
 
@@ -135,9 +136,10 @@ def merge(
 ) -> None:
     """Bring what another machine extracted into this store.
 
-    Example: two machines ran the same `featstore extract`, each with its own store and `--rank`; then `featstore merge
-    /mnt/other/store` makes this store whole, byte for byte what one machine would have written. Blocks that both have
-    are compared; nothing that is committed here ever changes. A merge that was killed goes on when run again.
+    Example: two machines ran the same `featstore extract`, each into a store of its own, and each got as far as it did;
+    then `featstore merge /mnt/other/store` brings what this store lacks, byte for byte what was written there. Blocks
+    that both have are compared; nothing that is committed here ever changes. A merge that was killed goes on when run
+    again.
     """
     from featstore.store.catalog import open_store
     from featstore.store.layout import store_path
@@ -236,7 +238,11 @@ def recheck(
     rows: Annotated[int, typer.Option("--rows", help="committed rows to compute again")] = 16,
     seed: Annotated[int, typer.Option("--seed", help="which rows are drawn")] = 0,
     weights: Annotated[
-        Path | None, typer.Option("--weights", help="where the set's weights are, if not where they were")
+        Path | None,
+        typer.Option(
+            "--weights",
+            help="where the set's weights are, if not where they were; of a set made by a function: module:function",
+        ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1")] = "auto",
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="images per forward pass")] = None,
@@ -245,20 +251,24 @@ def recheck(
 ) -> None:
     """Compute a sample of a set again, from the images, and compare it with what is stored.
 
-    Example: `featstore recheck cxr/dinov3-base@512 --rows 64` after new drivers, a new machine or a copied store.
+    Example: `featstore recheck cxr/dinov3-base@512 --rows 64` after new drivers, a new machine or a copied store. Code
+    that a store names runs only if you name it too: `featstore recheck cxr/mine@512 --weights my_nets:large`.
     Exit code 2 if a row is further off than other hardware may cause, or an image file is not what was embedded.
     """
     from featstore import files
     from featstore.configs import RunConfig
+    from featstore.extraction.recheck import function_of
     from featstore.extraction.recheck import recheck as check
     from featstore.objects import as_object
 
-    sys.path.append(str(Path.cwd()))  # so that `module:function` finds a module beside the user
     home = open_home(store)
+    opened = home.set(name)
+    if weights is not None and str(weights) == function_of(opened.spec):
+        sys.path.append(str(Path.cwd()))  # so that `module:function` finds a module beside the user
     cache = (home.path if as_object(home.path) is None else files.user_cache()) / "cache" / "weights.json"
     run = RunConfig(device=device, batch_size=batch_size)
     with show.progress("recheck", rows) as advance:
-        found = check(home.set(name), run, rows=rows, seed=seed, weights=weights, digest_cache=cache, advance=advance)
+        found = check(opened, run, rows=rows, seed=seed, weights=weights, digest_cache=cache, advance=advance)
     facts: dict[str, Any] = {**asdict(found), "ok": found.ok}
     if json:
         show.emit_json(facts)

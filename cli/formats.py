@@ -41,8 +41,8 @@ def archive(
 
     home = open_home(store)
     entry = home.entry(name)
-    with writer_lock(home.path), show.megabytes("archive", _raw_bytes(entry)) as advance:
-        facts = archive_set(entry.folder, codec=codec, level=level, advance=advance)
+    with writer_lock(home.path) as lock, show.megabytes("archive", _raw_bytes(entry)) as advance:
+        facts = archive_set(entry.folder, codec=codec, level=level, advance=lock.renewing(advance))
     if json:
         show.emit_json({"set": entry.full_name, **facts})
         return
@@ -69,8 +69,8 @@ def unarchive(
 
     home = open_home(store)
     entry = home.entry(name)
-    with writer_lock(home.path), show.megabytes("unarchive", _raw_bytes(entry)) as advance:
-        facts = unarchive_set(entry.folder, advance=advance)
+    with writer_lock(home.path) as lock, show.megabytes("unarchive", _raw_bytes(entry)) as advance:
+        facts = unarchive_set(entry.folder, advance=lock.renewing(advance))
     if json:
         show.emit_json({"set": entry.full_name, **facts})
     elif facts["codec"] is None:
@@ -83,7 +83,10 @@ def compact(
     name: Annotated[str | None, typer.Argument(help="DATASET/MODEL@RES; default: every set")] = None,
     *,
     arrays: Annotated[
-        str | None, typer.Option("--arrays", help="comma-separated, such as cls,mean_patch; default: all that gain")
+        str | None,
+        typer.Option(
+            "--arrays", help="comma-separated, such as cls,mean_patch; default: those of one vector a row that gain"
+        ),
     ] = None,
     store: StoreOption = None,
     json: JsonOption = False,
@@ -95,6 +98,7 @@ def compact(
 
     Examples: `featstore compact`; `featstore compact chexpert/dinov3-7b@512 --arrays cls`.
     """
+    from featstore.objects import as_object
     from featstore.store.compact import compact as compact_set
     from featstore.store.compact import compactable
     from featstore.store.locks import writer_lock
@@ -104,14 +108,15 @@ def compact(
     rows: list[dict[str, Any]] = []
     for entry in [home.entry(name)] if name else home.entries():
         total = sum(array.row_bytes * stop for array, stop in compactable(entry.folder, wanted))
-        with writer_lock(home.path), show.megabytes(f"compact {entry.name}", total) as advance:
-            copies = compact_set(entry.folder, arrays=wanted, progress=advance)
+        with writer_lock(home.path) as lock, show.megabytes(f"compact {entry.name}", total) as advance:
+            copies = compact_set(entry.folder, arrays=wanted, progress=lock.renewing(advance))
         rows.append({"set": entry.full_name, "arrays": [asdict(copy) for copy in copies]})
         if not json:
             made = ", ".join(
                 f"{copy.array} {'copied' if copy.made else 'is current'} ({copy.stop} rows)" for copy in copies
             )
-            print(f"{entry.full_name}: {made or 'nothing gains by a copy'}")
+            none = "nothing gains by a copy" if as_object(home.path) is None else "no copies are made in a bucket"
+            print(f"{entry.full_name}: {made or none}")
     if json:
         show.emit_json(rows)
 
@@ -138,8 +143,8 @@ def upgrade(
     root = store_path(store)
     plan = upgrade_store(root, dry_run=True)
     if not dry_run:
-        with writer_lock(root), show.progress("upgrade", max(1, len(plan["sets"])), "sets") as advance:
-            plan = upgrade_store(root, advance=advance)
+        with writer_lock(root) as lock, show.progress("upgrade", max(1, len(plan["sets"])), "sets") as advance:
+            plan = upgrade_store(root, advance=lock.renewing(advance))
     if json:
         show.emit_json({**plan, "done": not dry_run})
         return

@@ -6,7 +6,7 @@ import typer
 
 from cli import show
 from cli.extract import JsonOption, StoreOption
-from cli.operations import open_home
+from cli.operations import existing_home
 from featstore.errors import ConfigError, CorruptError, FeatstoreError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def verify(
 
     Examples: `featstore verify`; `featstore verify chexpert/dinov3-base@512 --deep --repair`.
     """
-    home = open_home(store)
+    home = existing_home(store)
     outcomes: list[tuple[Verdict, Repair | None]] = []
     for verdict in _verdicts(home, name, deep):
         mended = _mend(home, verdict) if repair and not verdict.ok else None
@@ -99,11 +99,11 @@ def _print_verdict(verdict: "Verdict", mended: "Repair | None", deep: bool) -> N
         print(f"data sets: {state} ({verdict.num_blocks} manifests{', deep' if deep else ''})")
     else:
         size = show.size(verdict.num_bytes)
-        print(f"{verdict.name}: {state} ({verdict.num_blocks} blocks, {size} checked{', deep' if deep else ''})")
+        print(f"{verdict.name}: {state} ({verdict.num_blocks} blocks, {size}{' read' if deep else ''})")
     for problem in verdict.problems:
         print(f"  {problem.place}: {problem.what}")
     for note in verdict.notes:
-        print(f"  also there: {note} (harmless; `featstore gc` lists what can go)")
+        print(f"  also there: {note} (harmless; `featstore gc` lists what is old enough to go)")
     if mended and (mended.num_blocks or mended.num_files):
         print(f"  repaired: {mended.num_blocks} blocks taken back, {mended.num_files} files written again")
 
@@ -132,7 +132,7 @@ def gc(
     """
     from featstore.store.gc import collect, parse_age, plan_gc
 
-    home = open_home(store)
+    home = existing_home(store)
     doomed = plan_gc(home, older_than=parse_age(older_than), manifests=manifests, stale=stale)
     if not json:
         for item in doomed:
@@ -168,7 +168,7 @@ def du(
     """
     from featstore.store.usage import measure
 
-    home = open_home(store)
+    home = existing_home(store)
     rows = measure(home.path, dataset)
     if json:
         show.emit_json(
@@ -203,7 +203,7 @@ def mv(
 
     if (new is None) == (to is None):
         raise ConfigError("give either a new name (DATASET/NEW-MODEL) or --to STORE")
-    home = open_home(store)
+    home = existing_home(store)
     entry = home.entry(name)
     if new is not None:
         print(f"renamed to {rename_set(entry, new)}")
@@ -220,7 +220,7 @@ def rm(
     store: StoreOption = None,
 ) -> None:
     """Remove one set of embeddings, or forget a data set. Images are never touched."""
-    home = open_home(store)
+    home = existing_home(store)
     what = home.entry(name).full_name if "/" in name else name
     if not yes:
         typer.confirm(f"remove {what} from {home.path}?", abort=True)

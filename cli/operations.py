@@ -19,6 +19,20 @@ def open_home(store: str | None) -> "Store":
     return open_store(store)
 
 
+def existing_home(store: str | None) -> "Store":
+    """A store that is there: a check of nothing must not pass for a check.
+
+    Raises:
+        UnknownNameError: no store at that place.
+    """
+    home = open_home(store)
+    if not (home.path / "store.json").is_file():
+        raise UnknownNameError(
+            f"there is no store at {home.path}; check --store and FEATSTORE_HOME, or make one by `featstore register`"
+        )
+    return home
+
+
 def ls(
     dataset: Annotated[str | None, typer.Argument(help="only this data set")] = None,
     *,
@@ -64,6 +78,9 @@ def ls(
         print("no sets; `featstore extract --model NAME` makes one")
 
 
+ManifestOption = Annotated[
+    str | None, typer.Option("--manifest", help="an older manifest, by the start of its digest; default: the current")
+]
 SET_COLUMNS = ["set", "weights", "pixels", "arrays", "dtype", "ok", "failed", "pending", "size"]
 
 
@@ -77,7 +94,7 @@ def _set_row(row: dict[str, Any], *, unique: bool) -> list[str]:
         name,
         "RANDOM" if row["weights"] == "random" else row["weights"],
         f"{pixels} {row['geometry'] or ''}".strip(),
-        ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in row["arrays"].items()),
+        ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in row["arrays"].items()) + _form(row),
         row["dtype"] + (f" (in {row['compute_dtype']})" if row["compute_dtype"] not in (None, "float32") else ""),
         str(row["ok"]),
         str(row["failed"]),
@@ -86,22 +103,29 @@ def _set_row(row: dict[str, Any], *, unique: bool) -> list[str]:
     ]
 
 
+def _form(row: dict[str, Any]) -> str:
+    """What was done to the rows besides storing them."""
+    steps = ",".join(row.get("reduction", {}).get("steps", []))
+    return (f"; patches {steps}" if steps else "") + (f"; archived ({row['archived']})" if row["archived"] else "")
+
+
 def info(
     name: Annotated[str, typer.Argument(help="DATASET/MODEL@RES, or a data set")],
     *,
     failed: Annotated[bool, typer.Option("--failed", help="list every failed image with its reason")] = False,
+    manifest: ManifestOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Everything about one set or data set: identity, counts, failures, runs."""
+    """Everything about one set or data set: identity, counts, failures, runs; for an older manifest too."""
     import json as jsonlib
 
     home = open_home(store)
     if "/" not in name:
-        facts = describe_manifest(home.manifest(name))
-        facts["columns"] = home.manifest(name).table.column_names
+        facts = describe_manifest(home.manifest(name, manifest))
+        facts["columns"] = home.manifest(name, manifest).table.column_names
     else:
-        features = home.set(name)
+        features = home.set(name, manifest=manifest)
         ids = features.manifest.column("id")
         runs = [jsonlib.loads(path.read_bytes()) for path in sorted((features.folder / "runs").glob("*.json"))]
         facts = {

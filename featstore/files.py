@@ -88,6 +88,14 @@ def read_parquet(data: bytes, columns: list[str] | None = None) -> "pa.Table":
     )
 
 
+def parquet_rows(data: bytes) -> int:
+    """Number of rows in the bytes of a parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return int(pq.read_metadata(pa.BufferReader(data)).num_rows)
+
+
 def retry(call: Callable[[], T], *, tries: int = 4, pause: float = 0.2) -> T:
     """Repeat a call that met a transient I/O error, three times by default, then let the error pass."""
     for attempt in range(tries):
@@ -187,8 +195,14 @@ def is_dead(name: str) -> bool:
         return False
     try:
         state = Path(f"/proc/{found[2]}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return True
+    except FileNotFoundError:  # it ended, or it is another user's and hidden from this one
+        try:
+            os.kill(int(found[2]), 0)  # sends nothing
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+        return False
     except OSError:
         return False
     return state in "ZX"  # ended, its parent has not noticed

@@ -9,8 +9,10 @@ import fnmatch
 import functools
 import io
 import os
+import random
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from featstore.errors import ConfigError, FeatstoreError, StoreError
 PIECE_BYTES = 16 * 2**20  # large objects are read in ranges of this size
 PARALLEL = 8  # of them at once
 UPLOAD_BYTES = 8 * 2**20  # larger objects get the time that a slow line needs
+CONFLICT_TRIES, CONFLICT_SECONDS = 6, 0.1  # of a put that met another one; the pause doubles
 
 
 class ReplacedError(StoreError):
@@ -170,25 +173,19 @@ class ObjectPath:
 
     def put(self, data: bytes | memoryview) -> None:
         """Write or replace the object."""
-        self._put(data, "overwrite")
+        self._put_settled(data, "overwrite", lambda: False)
 
     def put_new(self, data: bytes | memoryview) -> bool:
         """Write the object unless there is one; True if this call wrote it.
 
         An answer that was lost on the way and asked for again can come back as False though this call wrote it.
         """
-        from obstore.exceptions import AlreadyExistsError
-
         if not connection(self.bucket).conditional:  # one writer: nobody comes in between
             if self.is_file():
                 return False
             self.put(data)
             return True
-        try:
-            self._put(data, "create")
-        except AlreadyExistsError:
-            return False
-        return True
+        return self._put_settled(data, "create", self.is_file)
 
     def put_over(self, data: bytes | memoryview, e_tag: str) -> bool:
         """Replace the object if it is still the one with this tag; True if this call did."""
@@ -200,10 +197,32 @@ class ObjectPath:
             self.put(data)
             return True
         try:
-            self._put(data, {"e_tag": e_tag})
+            return self._put_settled(data, {"e_tag": e_tag}, lambda: self.stat().e_tag != e_tag)
         except (PreconditionError, FileNotFoundError):
             return False
-        return True
+
+    def _put_settled(self, data: bytes | memoryview, mode: Any, overtaken: Callable[[], bool]) -> bool:
+        """Put; False where `overtaken` says that another put settled the matter.
+
+        S3 answers 409 to a put that met another one on its way, which says nothing about what is there: asked again.
+
+        Raises:
+            StoreError: that goes on.
+        """
+        from obstore.exceptions import AlreadyExistsError
+
+        for number in range(CONFLICT_TRIES):
+            try:
+                self._put(data, mode)
+                return True
+            except AlreadyExistsError:
+                if overtaken():
+                    return False
+                time.sleep(random.uniform(0.5, 1) * CONFLICT_SECONDS * 2**number)
+        raise StoreError(
+            f"{self}: the bucket says of {CONFLICT_TRIES} puts that each met another one (409); run the same command "
+            "again; what is committed stays"
+        )
 
     def _put(self, data: bytes | memoryview, mode: Any) -> None:
         import obstore
@@ -211,7 +230,8 @@ class ObjectPath:
 
         held = connection(self.bucket)
         client = held.uploads if memoryview(data).nbytes > UPLOAD_BYTES else held.requests
-        with _told(self, AlreadyExistsError, PreconditionError):
+        passed = (AlreadyExistsError,) if isinstance(mode, str) else (AlreadyExistsError, PreconditionError)
+        with _told(self, *passed):
             # In one request: what is put in parts cannot be put on a condition.
             obstore.put(client, self._key, data, mode=mode, use_multipart=False)
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,13 @@ import pytest
 from tiny_sets import (
     CLS,
     PATCHES,
-    KilledError,
-    Trap,
     contents,
-    fork,
-    kill,
     make_manifest,
     make_spec_of,
     named,
     prepare,
     states_of,
     values_of,
-    wait,
     write_block,
     write_missing,
     writer_of,
@@ -33,11 +27,11 @@ from tiny_sets import (
 from featstore import files
 from featstore.errors import ConfigError, CorruptError, StoreError
 from featstore.objects import ObjectPath
-from featstore.store import commits, decisions, ledger, packed, shards
-from featstore.store.archive import archive_set, archived, check_archive, unarchive_set, wanted_metadata
+from featstore.store import decisions, ledger, packed, shards
+from featstore.store.archive import archive_set, archived, check_archive, unarchive_set
 from featstore.store.commits import RowState
 from featstore.store.layout import ArraySpec
-from featstore.store.packed import ArchivedRows, Codec, PackedShard, check_not_archived
+from featstore.store.packed import ArchivedRows, check_not_archived
 from featstore.store.reader import ShardedArray
 
 GROUP = "cls+patches"
@@ -88,6 +82,12 @@ def raw_shards(folder: Path) -> list[Path]:
 
 def packed_shards(folder: Path) -> list[Path]:
     return sorted((folder / "data.zarr").rglob("c.[0-9]*"))
+
+
+def flip(path: Path, bit: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(raw)
 
 
 KINDS = [
@@ -271,193 +271,16 @@ def test_writers_are_kept_away_from_the_first_step_on(folder: Path, monkeypatch:
     check_not_archived(folder)
 
 
-def test_a_second_process_is_refused(folder: Path) -> None:
-    import fcntl
-
-    with open(folder / "archive.lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        for call in (archive_set, unarchive_set):
-            with pytest.raises(StoreError, match="another process is archiving or unarchiving this set; let it finish"):
-                call(folder)
-    archive_set(folder)
-    assert not (folder / "archive.lock").exists()
-
-
-def test_many_processes_at_once(folder: Path, tmp_path: Path) -> None:
-    before = contents(folder)
-
-    def work(seed: int) -> None:
-        for step in range(4):
-            with contextlib.suppress(StoreError):
-                (unarchive_set if (seed + step) % 2 else archive_set)(folder)
-
-    children = [fork(lambda seed=seed: work(seed)) for seed in range(3)]  # type: ignore[misc]
-    assert [wait(child) for child in children] == [0, 0, 0]
-    assert words(wanted(CLS)) == words(
-        packed_rows(folder, CLS).gather(np.arange(ROWS), None, False) if archived(folder) else loaded(folder, CLS)
-    )
-    with contextlib.suppress(StoreError):
-        unarchive_set(folder)
-    assert contents(folder) == before
-
-
-def flip(path: Path, bit: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(raw)
-
-
-@pytest.mark.parametrize("codec", packed.CODECS)
-def test_every_flipped_bit_of_a_compressed_shard_is_found(folder: Path, codec: str) -> None:
-    rng = np.random.default_rng(3)
-    archive_set(folder, codec=codec)
-    for path in packed_shards(folder)[1::5]:
-        held = path.read_bytes()
-        for bit in rng.integers(len(held) * 8, size=4).tolist():
-            flip(path, bit)
-            place = path.relative_to(folder).as_posix()
-            assert [where for where, _ in check_archive(folder, deep=True)] == [place]
-            array = CLS if "/cls/" in place else PATCHES
-            with pytest.raises(CorruptError, match=r"is damaged; restore it"):
-                packed_rows(folder, array).gather(np.arange(ROWS), None, False)
-            after = contents(folder)
-            with pytest.raises(CorruptError, match=r"is damaged; restore it"):
-                unarchive_set(folder)
-            assert {name: data for name, data in contents(folder).items() if "/c/" not in name} == after | {}
-            shutil.rmtree(folder / "data.zarr" / "cls" / "c", ignore_errors=True)
-            shutil.rmtree(folder / "data.zarr" / "patches" / "c", ignore_errors=True)
-            path.write_bytes(held)
-    unarchive_set(folder)
-    np.testing.assert_array_equal(loaded(folder, CLS), wanted(CLS))
-
-
-def test_missing_and_exchanged_shards(folder: Path) -> None:
-    archive_set(folder)
-    first, second = packed_shards(folder)[:2]
-    held = first.read_bytes()
-    first.unlink()
-    assert list(check_archive(folder)) == [("data.zarr/cls/c.0.0", "the compressed shard is missing")]
-    with pytest.raises(CorruptError, match=r"c\.0\.0 is missing; restore it from a copy; nothing was removed"):
-        unarchive_set(folder)
-    with pytest.raises(CorruptError, match=r"c\.0\.0 is missing; open the set again if it was unarchived"):
-        packed_rows(folder, CLS).gather(np.arange(2), None, False)
-    first.write_bytes(second.read_bytes())  # whole, but another's
-    assert list(check_archive(folder)) == [("data.zarr/cls/c.0.0", "size or checksum differs from what was archived")]
-    with pytest.raises(CorruptError, match="does not decode to what was committed; nothing was removed"):
-        unarchive_set(folder)
-    first.write_bytes(held[:7])
-    assert "the index of this compressed shard is damaged" in next(iter(check_archive(folder)))[1]
-    first.write_bytes(held)
-    unarchive_set(folder)
-    np.testing.assert_array_equal(loaded(folder, CLS), wanted(CLS))
-
-
-def test_chunks_that_decode_to_something_else(folder: Path) -> None:
-    archive_set(folder)
-    with contextlib.closing(PackedShard(packed_shards(folder)[0], 1)) as shard:
-        with pytest.raises(CorruptError, match="chunk 0 decodes to 128 bytes, not 64"):
-            shard.decode(0, Codec("zstd", 5).coder("float16"), 64)
-        with pytest.raises(CorruptError, match="chunk 0 cannot be decoded"):
-            shard.decode(0, Codec("pcodec", 8).coder("float16"), 128)
-    rows = packed_rows(folder, CLS)
-    with (
-        contextlib.closing(PackedShard(packed_shards(folder)[0], 1)) as shard,
-        pytest.raises(CorruptError, match="holds 1 chunks only, chunk 1 was asked for"),
-    ):
-        rows._decoded(shard, 1)
-    rows.close()
-    with pytest.raises(StoreError, match="is closed; open it again"):
-        rows.gather(np.arange(2), None, False)
-
-
-@pytest.mark.parametrize("damage", ["bit", "missing"])
-def test_damaged_raw_shards_are_not_archived(folder: Path, damage: str) -> None:
-    path = folder / "data.zarr" / "patches" / "c" / "5" / "0" / "0"
-    before = contents(folder)
-    held = path.read_bytes()
-    if damage == "bit":
-        flip(path, 100)
-    else:
-        path.unlink()
-    with pytest.raises(CorruptError, match="checksum is" if damage == "bit" else "is missing; `featstore verify"):
-        archive_set(folder)
-    path.write_bytes(held)
-    unarchive_set(folder)
-    assert contents(folder) == before
-
-
-def test_a_block_taken_back_needs_no_shard(folder: Path) -> None:
-    """The way out of a damaged archive: its block is taken back, the others return, and it is extracted again."""
-    archive_set(folder)
-    flip(folder / "data.zarr" / "cls" / "c.0.0", 50)
-    book = ledger.read_ledger(folder)
-    commits.take_back(folder, GROUP, book.groups[GROUP], 0, 16)
-    unarchive_set(folder)
-    np.testing.assert_array_equal(ShardedArray(folder / "data.zarr" / "cls").read(16, ROWS), wanted(CLS)[16:])
-    write_missing(folder, 1, block_rows=16)
-    np.testing.assert_array_equal(loaded(folder, CLS), wanted(CLS))
-
-
-def test_metadata_in_both_forms(folder: Path) -> None:
+def test_metadata_of_both_forms_is_what_the_ledger_asks_for(folder: Path) -> None:
     spec, book = ledger.read_spec(folder), ledger.read_ledger(folder)
-    assert wanted_metadata(folder, spec, book) == ledger.wanted_metadata(folder, spec, book)
+    raw = ledger.wanted_metadata(folder, spec, book)
     archive_set(folder)
-    for path, data in wanted_metadata(folder, spec, book).items():
+    wanted = ledger.wanted_metadata(folder, spec, book)
+    assert [path for path in wanted if wanted[path] != raw[path]] == [
+        folder / "data.zarr" / array.name / "zarr.json" for array in (CLS, PATCHES)
+    ]
+    for path, data in wanted.items():
         assert path.read_bytes() == data
-
-
-def readable(folder: Path, count: int) -> None:
-    """A reader that opens the set now gets the right values."""
-    for array in (CLS, PATCHES):
-        home = folder / "data.zarr" / array.name
-        separator = files.json.loads((home / "zarr.json").read_bytes())["chunk_key_encoding"]["configuration"][
-            "separator"
-        ]
-        rows = (
-            packed_rows(folder, array).gather(np.arange(count), None, False)
-            if separator == "."
-            else loaded(folder, array)
-        )
-        np.testing.assert_array_equal(rows, wanted(array, count))
-
-
-Step = Callable[[Path], object]
-
-
-@pytest.mark.parametrize("after", [False, pytest.param(True, marks=SLOW)])
-@pytest.mark.parametrize(("first", "then"), [("a", "a"), ("a", "u"), ("u", "u"), ("u", "a")])
-def test_a_kill_at_every_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, then: str, after: bool
-) -> None:
-    steps: dict[str, Step] = {"a": archive_set, "u": unarchive_set}
-    raw = new_set(tmp_path / "raw", rows=12)
-    packed_copy = tmp_path / "packed" / "sets" / "demo" / raw.name
-    shutil.copytree(raw, packed_copy)
-    archive_set(packed_copy)
-    ends = {"a": contents(packed_copy), "u": contents(raw)}
-    start = raw if first == "a" else packed_copy
-    with monkeypatch.context() as patch:
-        trap = Trap(at=-1, then=kill)
-        trap.install(patch)
-        shutil.copytree(start, tmp_path / "whole" / "set")
-        trap.count = 0
-        steps[first](tmp_path / "whole" / "set")
-    assert trap.count > 20
-    # The quick round takes every third call.
-    for at in range(1, trap.count + 1, 1 if after else 3):
-        folder = tmp_path / f"trial{at}" / "set"
-        shutil.copytree(start, folder)
-        with monkeypatch.context() as patch:
-            Trap(at=at, then=kill, after=after).install(patch)
-            with contextlib.suppress(KilledError):
-                steps[first](folder)
-        readable(folder, 12)
-        with contextlib.suppress(StoreError):  # unarchiving what was not begun, or is done
-            steps[then](folder)
-        readable(folder, 12)
-        commits.sweep_attempts(folder, older_than=0.0)
-        assert contents(folder) == ends[then]
-        shutil.rmtree(folder.parent)
 
 
 @pytest.mark.realdata
@@ -502,7 +325,7 @@ def test_compact(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"cls copied ({ROWS} rows)" in said
     assert "cls is current" in run(capsys, root, "compact")
     rows = files.json.loads(run(capsys, root, "compact", "--json"))
-    assert [copy["array"] for copy in rows[0]["arrays"]] == ["cls", "patches"]
+    assert [copy["array"] for copy in rows[0]["arrays"]] == ["cls"]
     archive_set(folder)
     assert not (folder / "compact.zarr").exists()
     assert "nothing gains by a copy" in run(capsys, root, "compact")

@@ -220,6 +220,43 @@ def test_a_writer_that_dies_at_any_call_loses_nothing(
     assert winners == {1, 2}
 
 
+def test_a_shard_that_vanishes_is_put_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the decision is never given up for it."""
+    folder = new_set(tmp_path, "rename")
+    link, left = files.link_kept, 1
+
+    def vanishing(source: Path, final: Path) -> bool:
+        nonlocal left
+        published = link(source, final)
+        if "data.zarr" in final.parts and left > 0:
+            left -= 1
+            final.unlink()
+        return published
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "link_kept", vanishing)
+        assert write_block(folder, GROUP, 0, 1)
+        commits.take_back(folder, GROUP, [CLS, PATCHES], 0, 16)
+        left = 2
+        patch.setattr(files, "replace_kept", lambda source, final, seen: None)
+        with pytest.raises(StoreError, match="the shard just published is not there; not committed; check the disk"):
+            write_block(folder, GROUP, 0, 1)
+    assert commits.finish_intents(folder, ledger.read_ledger(folder), 16) == 1
+    check_blocks(folder, {1})
+
+
+def test_commits_and_progress_keep_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_links: None) -> None:
+    folder, lock_file, told = new_set(tmp_path, "single"), tmp_path / locks.LOCK, []
+    with locks.writer_lock(tmp_path) as lock:
+        monkeypatch.setattr(locks, "RENEW_SECONDS", 0.0)
+        for work in (lambda: write_block(folder, GROUP, 0, 1), lambda: lock.renewing(lambda *n: told.append(n))(3, 1)):
+            os.utime(lock_file, (1, 1))
+            work()
+            assert abs(lock_file.stat().st_mtime - time.time()) < 60
+    assert told == [(3, 1)]
+    assert locks.held_lock(tmp_path) is None
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(40, marks=SLOW)])
 def test_killed_processes_lose_nothing(
     mode: str, make_set: Callable[[str, object], Path], kills: int, tmp_path: Path
@@ -344,10 +381,11 @@ def test_the_one_writer_that_freezes_for_an_hour_changes_nothing_when_it_wakes(
         def other(folder: Path = folder, root: Path = root, seen: dict[str, Any] = seen) -> None:
             hour_ago = time.time() - 2 * commits.STALE_SECONDS
             os.utime(root / locks.LOCK, (hour_ago, hour_ago))
-            locks._acquire(root)  # as another process would
-            commits.finish_intents(folder, ledger.read_ledger(folder), 16)
-            if not commits.marker_path(folder, GROUP, 0).exists():
-                write_block(folder, GROUP, 0, 2)
+            with pytest.MonkeyPatch.context() as patch:  # as another process would
+                patch.setitem(locks._held, str(root), locks._acquire(root))
+                commits.finish_intents(folder, ledger.read_ledger(folder), 16)
+                if not commits.marker_path(folder, GROUP, 0).exists():
+                    write_block(folder, GROUP, 0, 2)
             seen.update(committed_files(folder))
 
         with locks.writer_lock(root) as lock, monkeypatch.context() as patch:

@@ -14,9 +14,21 @@ import numpy as np
 import pytest
 import tiny_sets
 import zarr
-from tiny_sets import CLS, PATCHES, KilledError, Trap, named, prepare, write_block, write_missing
+from tiny_sets import (
+    CLS,
+    PATCHES,
+    KilledError,
+    Trap,
+    make_manifest,
+    make_spec_of,
+    named,
+    prepare,
+    write_block,
+    write_missing,
+)
 
-from featstore.errors import CorruptError, StoreError, UnknownNameError
+from featstore import files
+from featstore.errors import CorruptError, SchemaError, StoreError, UnknownNameError
 from featstore.objects import ObjectPath
 from featstore.store import commits, compact, ledger
 from featstore.store.compact import (
@@ -120,11 +132,11 @@ class TestCopy:
 
     def test_only_small_rows_in_several_small_shards(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = make_set(tmp_path, 40, [CLS, PATCHES])
-        assert [(array.name, stop) for array, stop in compactable(folder)] == [("cls", 40), ("patches", 40)]
+        assert [(array.name, stop) for array, stop in compactable(folder)] == [("cls", 40)]
         assert compactable(folder, ["patches"])[0][0].name == "patches"
         with monkeypatch.context() as patch:
             patch.setattr(compact, "ROW_LIMIT_BYTES", PATCHES.row_bytes - 1)
-            assert [array.name for array, _ in compactable(folder)] == ["cls"]
+            assert [array.name for array, _ in compactable(folder, ["cls", "patches"])] == ["cls"]
         with monkeypatch.context() as patch:
             patch.setattr(compact, "SMALL_SHARD_BYTES", BLOCK * CLS.row_bytes)
             assert compactable(folder) == []
@@ -442,3 +454,11 @@ class TestFaults:
             assert tiny_sets.kill_after(child, 0.002 * trial) in (0, -9)
             check(folder, before)
             remove_copy(folder, "cls")
+
+
+def test_sets_of_an_older_schema_get_no_copy(tmp_path: Path) -> None:
+    folder = prepare(tmp_path, make_spec_of(), make_manifest(named(3)), [CLS])
+    spec = files.unseal((folder / "spec.json").read_bytes(), folder / "spec.json")
+    (folder / "spec.json").write_bytes(files.sealed({**spec, "schema": 1}))
+    with pytest.raises(SchemaError, match="open for reading only"):
+        compact.compact(folder)

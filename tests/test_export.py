@@ -298,9 +298,56 @@ def test_labels_that_name_people_are_refused(tmp_path: Path, name: str) -> None:
 def test_free_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fs = make(tmp_path / "store")
     monkeypatch.setattr(exports, "MAX_LABEL_TEXTS", 30)
-    with pytest.raises(ConfigError, match=r"'report' may name people \(it holds 37 different texts, more than 30\)"):
+    with pytest.raises(
+        ConfigError, match=r"'report' may name people \(it holds 37 different texts or whole numbers, more than 30\)"
+    ):
         export(fs, tmp_path / "f.npy", labels=("report",), salt=SALT)
-    export(fs, tmp_path / "f.npy", labels=("age",), salt=SALT)  # numbers are no names
+    with pytest.raises(ConfigError, match=r"'age' may name people \(it holds 37 different .* more than 30\)"):
+        export(fs, tmp_path / "f.npy", labels=("age",), salt=SALT)
+
+
+ROWS = range(30)
+PEOPLE: dict[str, tuple[list[Any], str | None]] = {
+    "record": ([70_000_000 + 13 * (row // 2) for row in ROWS], "15 different long numbers, like those of records"),
+    "born": ([f"1950{1 + row // 3:02d}{10 + row // 3:02d}" for row in ROWS], "10 different long numbers"),
+    "birthday": ([f"19{50 + row // 10}-10-01" for row in ROWS], "3 different long numbers"),
+    "floats": ([70_000_000.0 + row // 2 for row in ROWS], "15 different long numbers"),
+    "inside": ([f"{row // 2:05d}" for row in ROWS], "repeats the column 'group'"),
+    "counted": ([row // 2 for row in ROWS], "repeats the column 'group'"),
+    "prefixed": ([f"P-{row // 2:05d}" for row in ROWS], "repeats the column 'group'"),
+    "surname": ([f"Smith{chr(97 + row)}" for row in ROWS], "repeats the column 'id'"),
+    "many": ([*range(100, 130)], "30 different texts or whole numbers, more than 20"),
+    "binary": ([row % 2 for row in ROWS], None),
+    "flags": ([bool(row % 3) for row in ROWS], None),
+    "grade": ([float(row % 5) for row in ROWS], None),
+    "folder": ([("Edema", "Normal")[row % 2] for row in ROWS], None),
+    "third": ([("Edema", "Normal", "Other")[row % 3] for row in ROWS], None),
+    "blank": ([None if row % 2 else "yes" for row in ROWS], None),
+    "measured": ([1234.5678 + row for row in ROWS], None),
+    "split": ([("train", "test")[row % 2] for row in ROWS], None),
+}
+
+
+@pytest.mark.parametrize("name", PEOPLE)
+def test_numbers_that_name_people_are_refused_and_classes_are_not(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(exports, "MAX_LABEL_TEXTS", 20)
+    values, why = PEOPLE[name]
+    table = pa.table(
+        {
+            "id": [f"{('Edema', 'Normal')[row % 2]}/Smith{chr(97 + row)}{row}.png" for row in ROWS],
+            "path": [f"{('train', 'test')[row % 2]}/{row}.png" for row in ROWS],
+            "group": [f"patient{row // 2:05d}" for row in ROWS],
+            "study": pa.nulls(30, pa.string()),
+            "split": [("train", "test")[row % 2] for row in ROWS],
+            name: values,
+        }
+    )
+    manifest = Manifest(name="demo", table=table, digest="", meta={})
+    if why is None:
+        exports._check_label(manifest, name)
+        return
+    with pytest.raises(ConfigError, match=rf"column '{name}' may name people \(.*{why}.*\); leave it out of --labels"):
+        exports._check_label(manifest, name)
 
 
 def test_files_are_never_replaced_unasked(tmp_path: Path) -> None:

@@ -216,6 +216,14 @@ def test_names_tell_whether_their_writer_lives(monkeypatch: pytest.MonkeyPatch) 
     assert files.is_dead(name)  # not reaped yet
     sleeper.communicate()
     assert files.is_dead(name)
+    with monkeypatch.context() as patch:  # a living process of another user whose /proc is hidden
+
+        def hidden(pid: int, signal: int) -> None:
+            assert signal == 0
+            raise PermissionError(errno.EPERM, "not yours")
+
+        patch.setattr(os, "kill", hidden)
+        assert not files.is_dead(name)
     monkeypatch.setattr(files, "_processes", lambda: "")
     assert not files.is_dead(name)
     assert files.own_name().startswith("unknown-")

@@ -1,6 +1,7 @@
 """gc and du: what is listed goes, what is committed or may still be written stays, whoever dies or stands still."""
 
 import os
+import random
 import subprocess
 import time
 from collections.abc import Callable
@@ -202,16 +203,42 @@ def test_gc_that_dies_anywhere_loses_nothing(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_killed_collectors_beside_writers(tmp_path: Path, kills: int) -> None:
-    folder = new_set(tmp_path)
+    """All start at once, when all are forked; collectors say that they began and ended, so that kills are counted."""
+    root, reports = tmp_path / "store", tmp_path / "reports"
+    reports.mkdir()
+    folder = new_set(root)
+    rng = random.Random(kills)
+    gate, opener = os.pipe()
+
+    def gated(work: Callable[[], object]) -> None:
+        os.read(gate, 1)
+        work()
+
+    def collect_and_tell(name: str) -> None:
+        (reports / f"{name}.began").touch()
+        sweep(root, older_than=5.0)
+        (reports / f"{name}.ended").touch()
+
+    inside = 0
     for number in range(kills):
         for block in range(3):
             commits.take_back(folder, GROUP, [CLS, PATCHES], block, 16)
-        children = [fork(lambda: sweep(tmp_path, older_than=5.0)), fork(lambda: sweep(tmp_path, older_than=5.0))]
-        writer = fork(lambda: write_missing(folder, 1, block_rows=16))
-        for child in children:
-            assert kill_after(child, 0.004 * (number % 5)) in (0, -9)
+        started = time.perf_counter()
+        sweep(root, older_than=5.0)
+        calm = time.perf_counter() - started
+        names = [f"{number}.{which}" for which in "ab"]
+        collectors = [fork(partial(gated, partial(collect_and_tell, name))) for name in names]
+        writer = fork(partial(gated, partial(write_missing, folder, 1, block_rows=16)))
+        os.write(opener, b"123")
+        statuses = [kill_after(child, rng.uniform(0, calm)) for child in collectors]
+        assert set(statuses) <= {0, -9}
         assert wait(writer) == 0
         assert len(check_blocks(folder, {1})) == 3
+        for name in names:
+            inside += (reports / f"{name}.began").exists() and not (reports / f"{name}.ended").exists()
+    os.close(gate)
+    os.close(opener)
+    assert inside >= kills // 3
 
 
 def age(folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

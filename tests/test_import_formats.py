@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import h5py
 import ml_dtypes
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -217,9 +219,28 @@ def zeros(path: Path) -> None:
 
 def npz_bomb(path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("features.npy", "w") as file:
-        file.write(header((70 * 2**18,)))
+        file.write(header((70 * 2**18, 1)))
         for _ in range(70):
             file.write(bytes(2**20))
+
+
+def npz_parts(path: Path) -> None:
+    np.savez_compressed(path, x0=np.zeros(10 * 2**19), x1=np.zeros(10 * 2**19))
+
+
+def npz_file(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+
+
+def text_bomb(path: Path) -> None:
+    # Different texts that compress well.
+    pq.write_table(pa.table({"id": ["a" * 2**20 + str(row) for row in range(80)]}), path, compression="zstd")
+
+
+def rows_bomb(path: Path) -> None:
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(9 * 2**20, np.int8)), ["a" * 2**16])
+    pq.write_table(pa.table({"id": column}), path)
 
 
 def npz_liar(path: Path) -> None:
@@ -246,7 +267,11 @@ LIES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "npy version": ("f.npy", lambda p: p.write_bytes(b"\x93NUMPY\x09\x00"), NOT_NPY.format("version")),
     "npy cut": ("f.npy", lambda p: p.write_bytes(header((1, 1))[:30]), NOT_NPY.format("")),
     "npz liar": ("f.npz", npz_liar, r"not an \.npz of plain arrays \(its header declares .* the file has 0\)"),
-    "npz bomb": ("f.npz", npz_bomb, r"features\.npy takes 734\d+ bytes when read, from \d+ in the file; features do"),
+    "npz bomb": (
+        "f.npz",
+        npz_bomb,
+        r"with 'features', 734\d+ bytes would be read from the \d+ of the file; features do",
+    ),
     "safetensors length": (
         "f.safetensors",
         lambda p: p.write_bytes((10**15).to_bytes(8, "little") + b"{}"),
@@ -280,7 +305,7 @@ LIES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         parquet(id=["a", "b"], features=[[1.0, 2.0], [None, 1.0]]),
         "every row of the features must hold 2 numbers, and no null",
     ),
-    "parquet bomb": ("f.parquet", dictionary_bomb, "the features takes 134217728 bytes when read, from"),
+    "parquet bomb": ("f.parquet", dictionary_bomb, "with 'features', 134217728 bytes would be read from the"),
     "parquet none": ("f.parquet", parquet(id=["a"]), "needs an array 'features' .*; it has id"),
     "hdf5 text": ("f.h5", lambda p: p.write_text("hello"), "not an HDF5 file that can be read"),
     "hdf5 external": (
@@ -288,14 +313,115 @@ LIES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         hdf5(external),
         "'features' lies in another file, which is not followed; copy its",
     ),
-    "hdf5 bomb": ("f.h5", zeros, "'features' takes 4000000000000 bytes when read, from 0 in the file"),
+    "hdf5 bomb": ("f.h5", zeros, "with 'features', 4000000000000 bytes would be read from the"),
     "hdf5 objects": (
         "f.h5",
         hdf5(lambda f: f.create_dataset("features", (3,), dtype=h5py.vlen_dtype(np.float32))),
         "'features' holds objects, which are never read; store plain numbers or text",
     ),
+    "npz bomb in parts": ("f.npz", npz_parts, r"with 'x1', 838\d+ bytes would be read from the"),
+    "npz file": ("f.npz", npz_file, r"not an \.npz of plain arrays \(it holds the file 'readme.txt'\)"),
+    "parquet text bomb": ("f.parquet", text_bomb, "with 'id', .* bytes would be read from the"),
+    "parquet rows bomb": ("f.parquet", rows_bomb, "with 'id', .* bytes would be read from the"),
+    "parquet features of text": (
+        "f.parquet",
+        parquet(id=["a"], features=[["b"]]),
+        "features must be numbers, 'features' holds string; convert them",
+    ),
+    "hdf5 text bomb": (
+        "f.h5",
+        hdf5(lambda f: f.create_dataset("id", (10**7,), "S16", chunks=True)),
+        "with 'id', .* bytes would be read from the",
+    ),
+    "hdf5 chunk bomb": (
+        "f.h5",
+        hdf5(lambda f: f.create_dataset("features", (3, 2), "f4", chunks=(10**8, 2), maxshape=(None, 2))),
+        "with 'features', 800000000 bytes would be read from the",
+    ),
     "hdf5 none": ("f.h5", hdf5(lambda f: f.create_dataset("id", data=IDS)), "needs an array 'features' .*; it has id"),
 }
+
+
+@pytest.mark.parametrize("make", [text_bomb, rows_bomb])
+def test_tables_of_ids_that_grow_are_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "ids.parquet")
+    with pytest.raises(
+        ManifestError, match=r"ids.parquet: with 'id', \d+ bytes would be read from the \d+ of the file"
+    ):
+        read_ids(tmp_path / "ids.parquet")
+
+
+def test_no_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("npz", "lists", "hdf5"):
+        name, write, _ = FORMATS[kind]
+        write(tmp_path / name, FEATURES)
+
+        def refuse(*_: Any) -> None:
+            raise MemoryError("no more")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(import_formats._Texts, "append", refuse)
+            with pytest.raises(ManifestError, match=r"does not fit into memory \(no more\)"):
+                read_arrays(tmp_path / name, "features", None)
+
+
+REPORTS = ["no finding"] * COUNT
+REPORTS[5] = "é" * 50_000
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet", "h5", "ids.parquet", "ids.csv"])
+def test_one_long_text_does_not_widen_all_rows(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / (suffix if suffix.startswith("ids") else f"f.{suffix}")
+    table = pa.table({"id": IDS, "report": REPORTS, "age": [float(row % 3) for row in range(COUNT)]})
+    if suffix == "npz":
+        np.savez(path, features=FEATURES, id=np.array(IDS), report=np.array(REPORTS), note=np.zeros((COUNT, 2)))
+    elif suffix == "h5":
+        with h5py.File(path, "w") as file:
+            file["features"], file["id"], file["report"], file["note"] = FEATURES, IDS, REPORTS, np.zeros((COUNT, 2))
+    elif suffix == "ids.csv":
+        csv.write_csv(table, path)
+    else:
+        pq.write_table(table, path)
+    arrays = read_ids(path) if suffix.startswith("ids") else read_arrays(path, "features", None)
+    assert arrays["id"].tolist() == IDS
+    report = arrays["report"]
+    assert (report.tolist(), report.dtype, report.nbytes) == (REPORTS, np.dtype(object), 8 * COUNT)
+    assert len({id(text) for text in report}) == 2  # equal texts are one
+    if suffix in ("npz", "h5"):
+        assert (arrays["note"].shape, arrays["note"].strides) == ((COUNT, 2), (0, 0))
+    elif suffix != "ids.csv":
+        assert arrays["age"].tolist() == [str(float(row % 3)) for row in range(COUNT)]
+
+
+def test_bytes_nulls_and_pieces_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_formats, "PIECE_BYTES", 7)
+    monkeypatch.setattr(import_formats, "PIECE_ROWS", 4)
+    np.savez(tmp_path / "f.npz", features=FEATURES, id=np.array(IDS).astype("S"))
+    assert read_arrays(tmp_path / "f.npz", "features", None)["id"].tolist() == IDS
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file["id"], file["none"] = np.array(IDS).astype("S"), np.array([], "S3")
+    found = read_arrays(tmp_path / "f.h5", "features", None)
+    assert (found["id"].tolist(), found["none"].tolist()) == (IDS, [])
+    names = [None if row % 3 else name for row, name in enumerate(IDS)]
+    flags = [None if row % 2 else row % 4 == 0 for row in range(COUNT)]
+    table = pa.table({"name": names, "flag": flags, "none": pa.nulls(COUNT), "list": [[1]] * COUNT})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=5)
+    found = read_ids(tmp_path / "t.parquet")
+    assert {key: value.tolist() for key, value in found.items()} == {
+        "name": [name or "" for name in names],
+        "flag": ["" if flag is None else str(flag) for flag in flags],
+        "none": [""] * COUNT,
+    }
+
+
+@pytest.mark.parametrize("kind", ["lists", "hdf5"])
+def test_a_full_temporary_folder_is_told_as_such(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, write, _ = FORMATS[kind]
+    write(tmp_path / name, FEATURES)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("wb", 0))  # noqa: SIM115
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/scratch")
+    with pytest.raises(StoreError, match=r"^/scratch: cannot keep decoded features there \(No space left.*TMPDIR"):
+        read_arrays(tmp_path / name, "features", None)
 
 
 @pytest.mark.parametrize("case", LIES)

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -342,11 +343,15 @@ def test_killed_merges_lose_nothing(tmp_path: Path, kills: int) -> None:
     for block in range(0, blocks, 3):
         write_block(target, GROUP, block, 1)
     rng = random.Random(kills)
+    started = time.perf_counter()
+    merged(tmp_path / "a", tmp_path / "calm")
+    calm = time.perf_counter() - started
     dead = 0
     for _ in range(kills):
         held = committed_files(target)
         child = fork(lambda: merged(tmp_path / "a", tmp_path / "b"))
-        dead += kill_after(child, rng.uniform(0.005, 0.1)) == -signal.SIGKILL
+        # Of the time that a whole merge takes on this machine: some die early, and none does it all.
+        dead += kill_after(child, rng.uniform(0.02, 0.7) * calm) == -signal.SIGKILL
         now = committed_files(target)
         assert {path: now[path] for path in held} == held
         check_blocks(target, {1})
@@ -356,7 +361,7 @@ def test_killed_merges_lose_nothing(tmp_path: Path, kills: int) -> None:
     assert {path: now[path] for path in held} == held
     commits.sweep_attempts(target, older_than=0.0)
     assert contents(target) == contents(whole)
-    assert dead
+    assert dead >= kills // 4
 
 
 def test_two_merges_may_race(tmp_path: Path) -> None:

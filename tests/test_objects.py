@@ -305,10 +305,14 @@ def put_shard(root: ObjectPath, number: int, rows: np.ndarray, chunk: int = 16, 
         (root / shards.shard_key(number, rows.ndim)).put((Path(folder) / "shard").read_bytes())
 
 
+def flipped(data: bytes, position: int) -> bytes:
+    changed = bytearray(data)
+    changed[position] ^= 1
+    return bytes(changed)
+
+
 def flip(path: ObjectPath, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.put(bytes(data))
+    path.put(flipped(path.read_bytes(), position))
 
 
 def opened(root: ObjectPath, cache: ObjectCache) -> ShardedArray:
@@ -427,10 +431,26 @@ class TestReading:
         (path,) = cache.folder.iterdir()
         path.write_bytes(path.read_bytes()[:-1])
         np.testing.assert_array_equal(opened(root, cache).load(), truth)
-        raw = bytearray(path.read_bytes())
-        raw[-1] ^= 1
-        path.write_bytes(raw)
-        np.testing.assert_array_equal(opened(root, cache).load(), truth)
+        raw = path.read_bytes()
+        for position in (-1, 5):  # index, first chunk
+            for array in (opened(root, cache), opened(root, cache)):
+                path.write_bytes(flipped(raw, position))
+                np.testing.assert_array_equal(array.load(verify=True), truth)
+                np.testing.assert_array_equal(array.gather([3, 0], verify=True), truth[[3, 0]])
+                assert path.read_bytes() == raw
+
+    def test_a_cache_on_a_bad_disk(self, root: ObjectPath, cache: ObjectCache, monkeypatch: pytest.MonkeyPatch) -> None:
+        bucket_array(root, 64, chunk=16, shard=64)
+        fetch = cache.fetch
+
+        def bad(*args: Any) -> Path:
+            path = fetch(*args)
+            path.write_bytes(flipped(path.read_bytes(), 5))
+            return path
+
+        monkeypatch.setattr(cache, "fetch", bad)
+        with pytest.raises(CorruptError, match=r"its copy in the read cache was damaged twice, .*; check the disk of"):
+            opened(root, cache).load(verify=True)
 
     def test_a_cache_that_cannot_be_written(self, root: ObjectPath, tmp_path: Path) -> None:
         bucket_array(root, 64, chunk=16, shard=64)

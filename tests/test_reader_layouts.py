@@ -1,7 +1,7 @@
-"""The reader beside zarr-python and tensorstore: other layouts, shards of other writers, speed; the benchmark runs."""
+"""The reader beside zarr-python and tensorstore: other layouts and writers; probes, speed; the benchmark runs."""
 
-import contextlib
 import json
+import mmap
 import os
 import pickle
 import re
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from shard_arrays import damage, same, store, values
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
 from featstore.errors import ConfigError, CorruptError, StoreError
+from featstore.store import mapped
 from featstore.store.bfloat16 import register
-from featstore.store.mapped import MappedRows
 from featstore.store.reader import ShardedArray
 from featstore.store.shards import ShardWriter, array_metadata
 
@@ -122,6 +123,82 @@ class TestOtherLayouts:
         same(ours, tensorstore.open(spec).result().read().result())
 
 
+class TestProbes:
+    @pytest.mark.skipif(mapped._MINCORE is None or not mapped.HAVE_PREADV, reason="no mincore here")
+    @pytest.mark.parametrize("refusal", mapped.REFUSALS)
+    def test_maps_tell_what_is_in_memory_where_reads_cannot(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
+    ) -> None:
+        """As on tmpfs and NFS: asked once, remembered, and rows in memory are never advised."""
+        truth = values(3000, (700,))
+        array = store(tmp_path / "a", truth, chunk_rows=64, shard_rows=1024)
+        array.gather(np.arange(3000))
+        backend: Any = array._backend
+        backend._refuses_nowait = False
+        refused: list[int] = []
+        advised: list[int] = []
+
+        def refuse(*_: Any) -> int:
+            refused.append(1)
+            raise OSError(refusal, "refused")
+
+        monkeypatch.setattr(mapped, "HAVE_ADVICE", True)
+        monkeypatch.setattr(mapped, "HAVE_NOWAIT", True)
+        monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
+        monkeypatch.setattr(os, "preadv", refuse)
+        monkeypatch.setattr(mapped.MappedRows, "_advise", lambda self, opened, shards, places: advised.append(1))
+        rows = np.arange(0, 3000, 7)
+        for _ in range(mapped.BATCHES_TO_WARM + 2):
+            same(array.gather(rows), truth[rows])
+        backend.prefetch(rows)
+        assert (refused, advised) == ([1], [])
+        assert backend._batches_to_warm == 0
+        # Linux says of the files of others that every page is in memory: there, nothing is believed.
+        for shard in backend._opened.shards.values():
+            shard.tells_pages = False
+        same(array.gather(rows), truth[rows])
+        assert (refused, advised) == ([1], [1])
+        assert backend._batches_to_warm == mapped.BATCHES_TO_WARM
+
+    @pytest.mark.skipif(mapped._MINCORE is None, reason="no mincore here")
+    def test_maps_tell_each_page(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One page of a map was written, the others were never touched."""
+        array = store(tmp_path / "a", values(3000, (700,)), chunk_rows=64, shard_rows=4096)
+        array.gather(np.arange(3000))
+        backend: Any = array._backend
+        (held,) = backend._opened.shards.values()
+        assert all(held.is_in_memory(offset) for offset in (0, 1, mmap.PAGESIZE, len(held.content) - 1))
+        spare = mmap.mmap(-1, 64 * mmap.PAGESIZE)
+        with suppress(OSError, AttributeError):  # kernels without huge pages
+            spare.madvise(mmap.MADV_NOHUGEPAGE)
+        spare[5 * mmap.PAGESIZE] = 1
+        held.address = np.frombuffer(spare, np.uint8).__array_interface__["data"][0]
+        assert [page for page in range(64) if held.is_in_memory(page * mmap.PAGESIZE + 17)] == [5]
+        monkeypatch.setattr(mapped, "_MINCORE", lambda *_: -1)
+        assert not held.is_in_memory(0)
+
+
+def test_a_filter_that_keeps_much_is_read_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = values(1000, (50,))
+    array = store(tmp_path / "a", truth, chunk_rows=16, shard_rows=128)
+    monkeypatch.setattr(mapped, "DENSE_BYTES", 2000)  # pieces of ten rows
+    monkeypatch.setattr(mapped.MappedRows, "_take", None)  # the other way is not gone
+    rng = np.random.default_rng(0)
+    for share in (0.3, 0.7, 1.0):
+        rows = np.flatnonzero(rng.random(1000) < share)
+        same(array.gather(rows), truth[rows])
+        same(array.gather(rows, verify=True), truth[rows])
+        out = np.empty((len(rows), 50), truth.dtype)
+        array.gather(rows, out=out)
+        same(out, truth[rows])
+    rows = np.concatenate([np.arange(0, 40), np.arange(60, 100), [999]])[:-1]
+    same(array.gather(rows), truth[rows])
+    assert not mapped._is_dense(np.array([0, 8]))
+    assert not mapped._is_dense(np.array([3, 2, 1, 0]))
+    assert not mapped._is_dense(np.array([0, 0, 1]))
+    assert mapped._is_dense(np.array([5]))
+
+
 def ratios(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int, calls: int = 1) -> list[float]:
     """theirs / ours in seconds, each pair measured back to back, so that a busy machine slows both."""
     found = []
@@ -136,6 +213,12 @@ def ratios(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int, cal
     return found
 
 
+def touch(array: ShardedArray, batch: int) -> None:
+    """Enter every page in the page table, as in any long run; all rows in one gather would be read, not mapped."""
+    for first in range(0, len(array), batch):
+        array.gather(np.arange(first, min(len(array), first + batch)))
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ShardedArray, Path]]:
     folder = tmp_path_factory.mktemp("large")
@@ -143,7 +226,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ShardedArr
     rows = np.random.default_rng(0).integers(0, 15000, (65536, 768), np.uint16).view(np.float16)
     np.save(folder / "a.npy", rows)
     array = store(folder / "a", rows, chunk_rows=256, shard_rows=65536)
-    array.gather(np.arange(len(rows)))  # maps both once
+    touch(array, 1024)
     yield array, folder / "a.npy"
     array.close()
 
@@ -154,7 +237,7 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ShardedArr
     rows = np.random.default_rng(0).integers(0, 15000, (256, 196, 384), np.uint16).view(np.float16)
     np.save(folder / "a.npy", rows)
     array = store(folder / "a", rows, chunk_rows=2, shard_rows=128)
-    array.gather(np.arange(len(rows)))
+    touch(array, 16)
     yield array, folder / "a.npy"
     array.close()
 
@@ -168,6 +251,20 @@ def evict(*paths: Path) -> None:
                 os.fsync(descriptor)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 os.close(descriptor)
+
+
+def require_cold(path: Path) -> None:
+    """Skip unless this file system tells, by a read that does not wait, that an emptied file is not in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.preadv(descriptor, [bytearray(1)], os.path.getsize(path) // 2, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return
+    except (OSError, AttributeError) as error:
+        pytest.skip(f"this file system does not tell what is in memory: {error}")
+    finally:
+        os.close(descriptor)
+    pytest.skip("this file system keeps its files in memory")
 
 
 class TestSpeed:
@@ -189,13 +286,13 @@ class TestSpeed:
         batches = iter(np.tile(rows, (100, 1)))
         self.hold(0.2, lambda: ratios(lambda: array.gather(next(batches)), lambda: plain[next(batches)], 30, 5))
 
-    @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the page cache cannot be emptied here")
-    def test_cold_gather(self, large: tuple[ShardedArray, Path], tmp_path: Path) -> None:
+    def hold_cold(self, floor: float, large: tuple[ShardedArray, Path], tmp_path: Path, rows: np.ndarray) -> None:
         """Opening included, no page in memory; of copies, because the maps of the others hold their pages."""
         array, npy = large
         shutil.copytree(array.path, tmp_path / "a")
         shutil.copy(npy, tmp_path / "a.npy")
-        rows = np.random.default_rng(0).integers(0, len(array), 256)
+        evict(tmp_path)
+        require_cold(tmp_path / "a.npy")
 
         def pairs() -> list[float]:
             found = []
@@ -208,13 +305,15 @@ class TestSpeed:
                 )
             return found
 
-        evict(tmp_path)
-        with contextlib.closing(ShardedArray(tmp_path / "a")) as cold:
-            backend = cold._backend
-            assert isinstance(backend, MappedRows)
-            if not backend._is_cold(backend._open([0]), np.zeros(4, np.int64), rows[:4] * 1536):
-                pytest.skip("this file system keeps its files in memory")
-        self.hold(1.5, pairs)
+        self.hold(floor, pairs)
+
+    @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the page cache cannot be emptied here")
+    def test_cold_gather(self, large: tuple[ShardedArray, Path], tmp_path: Path) -> None:
+        self.hold_cold(1.5, large, tmp_path, np.random.default_rng(0).integers(0, len(large[0]), 256))
+
+    @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the page cache cannot be emptied here")
+    def test_cold_grids(self, grids: tuple[ShardedArray, Path], tmp_path: Path) -> None:
+        self.hold_cold(0.5, grids, tmp_path, np.random.default_rng(0).integers(0, len(grids[0]), 16))
 
     def test_grids(self, grids: tuple[ShardedArray, Path]) -> None:
         array, npy = grids

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from pictures import register_pictures
 
 from cli import exchange
+from featstore import files
 from featstore.backbones.tiny import FOLDER
 from featstore.configs import RunConfig, SetConfig
 from featstore.errors import (
@@ -171,6 +173,33 @@ def test_weights_must_be_those_of_the_set(tmp_path: Path) -> None:
     with pytest.raises(MissingWeightsError, match=r"weights from local files, and .*gone is not there; give --weights"):
         find_backbone(gone, None, None)
     assert find_backbone(gone, FOLDER, None).identity["weights"] == spec["identity"]["weights"]
+
+
+@pytest.mark.parametrize("kind", ["function", "bundled"])
+def test_code_that_a_store_names_runs_only_when_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    make(tmp_path / "store", tmp_path / "data", count=4)
+    folder = Store(tmp_path / "store").entry("pics/tiny").folder
+    spec = files.unseal((folder / "spec.json").read_bytes(), folder / "spec.json")
+    weights = {**spec["weights"], "kind": kind} | ({"function": "boom_net:boom"} if kind == "function" else {})
+    (folder / "spec.json").write_bytes(
+        files.sealed({**spec, "weights": weights, "request": {**spec["request"], "model": "boom_net:boom"}})
+    )
+    (tmp_path / "boom_net.py").write_text("def boom(**_):\n    raise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = [*sys.path]
+    for given in (None, FOLDER, Path("other_net:boom")):
+        with pytest.raises(
+            ConfigError, match=r"pics/tiny was made by the function boom_net:boom, whose code runs only"
+        ):
+            exchange.recheck("pics/tiny", weights=given, device="cpu", store=str(tmp_path / "store"))
+    assert sys.path == before
+    assert "boom_net" not in sys.modules
+    with pytest.raises(SystemExit):
+        exchange.recheck("pics/tiny", weights=Path("boom_net:boom"), device="cpu", store=str(tmp_path / "store"))
+    del sys.modules["boom_net"]
 
 
 def test_other_preprocessing_is_refused(tmp_path: Path) -> None:

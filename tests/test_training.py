@@ -1,5 +1,6 @@
 """Embeddings for torch: the same rows as numpy's, each once an epoch, well mixed, whatever process asks."""
 
+import errno
 import gc
 import json
 import mmap
@@ -531,6 +532,7 @@ class TestReadAhead:
         array = shard_arrays.store(tmp_path / "a", shard_arrays.values(100))
         backend: Any = array._backend
         monkeypatch.setattr(mapped, "HAVE_NOWAIT", False)
+        monkeypatch.setattr(mapped, "_MINCORE", None)
         backend.prefetch(np.array([3, 99, 50, 3]))
         assert asked == [4]
         assert set(backend._opened.shards) == {0, 3, 6}
@@ -635,9 +637,24 @@ class TestTruncation:
         with pytest.raises(CorruptError, match=r"c/2/0 was truncated while it was read"):
             array.load()
 
-    @pytest.mark.skipif(not mapped.HAVE_NOWAIT, reason="no probes here")
-    def test_it_is_found_by_the_rows_that_are_probed(self, tmp_path: Path) -> None:
+    @pytest.mark.skipif(not mapped.HAVE_ADVICE, reason="no advice, hence no probes here")
+    @pytest.mark.parametrize("probe", ["as is", "refused", "not in memory", "none"])
+    def test_it_is_found_by_the_rows_that_are_probed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probe: str
+    ) -> None:
+        """However rows are probed on this file system: a test that fails here kills the process."""
         array, backend = self.cut(tmp_path)
+
+        def answer(*_: Any) -> int:
+            raise OSError(errno.EOPNOTSUPP if probe == "refused" else errno.EAGAIN, probe)
+
+        if probe in ("refused", "not in memory"):
+            monkeypatch.setattr(mapped, "HAVE_NOWAIT", True)
+            monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
+            monkeypatch.setattr(os, "preadv", answer, raising=False)
+        elif probe == "none":
+            monkeypatch.setattr(mapped, "HAVE_NOWAIT", False)
+            monkeypatch.setattr(mapped, "_MINCORE", None)
         backend._sizes_due = float("inf")
         with pytest.raises(CorruptError, match=r"c/2/0 was truncated while it was read"):
             array.gather(np.array([0, 47]))
@@ -647,6 +664,7 @@ class TestTruncation:
     def test_sizes_are_looked_at_now_and_then(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         array = shard_arrays.store(tmp_path / "a", shard_arrays.values(64))
         array.gather(np.arange(64))
+        monkeypatch.setattr(MappedRows, "_is_cold", lambda *_: False)  # probes look at sizes where reads are refused
         looks: list[int] = []
         real = os.fstat
         monkeypatch.setattr(os, "fstat", lambda held: looks.append(held) or real(held))  # type: ignore[func-returns-value]

@@ -319,3 +319,22 @@ def test_lost_seals_mappings_and_ledger_entries_are_found(root: Path) -> None:
     ledger.entry_path(folder, 1).rename(ledger.entry_path(folder, 0))
     places = {item.place: item.what for item in check(root, deep=False).problems}
     assert "the ledger does not know: its last entry is lost" in places[f"commits/{GROUP}"]
+
+
+def test_a_block_committed_anew_while_verify_ran_is_not_taken_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = set_folder(root)
+    book = ledger.read_ledger(folder)
+    group = next(iter(book.groups))
+    shard = next(path for path in (folder / "data.zarr" / "cls").rglob("*") if path.is_file() and path.name == "0")
+    data = bytearray(shard.read_bytes())
+    data[3] ^= 1
+    held = shard.read_bytes()
+    shard.write_bytes(bytes(data))
+    verdict = check(root)
+    assert not verdict.ok
+    before = commits.committed_blocks(folder, group)
+    shard.write_bytes(held)  # somebody else made it whole
+    assert repair_set(verdict).num_blocks == 0
+    assert commits.committed_blocks(folder, group) == before
+    shard.write_bytes(bytes(data))
+    assert repair_set(verdict).num_blocks == 1

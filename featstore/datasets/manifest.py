@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,38 @@ class Manifest:
             known = ", ".join(column for column in self.table.column_names if column not in ("content", "mtime_ns"))
             raise UnknownNameError(f"data set {self.name!r} has no column {name!r}; its columns: {known}")
         return list(self.table.column(name).to_pylist())
+
+
+class _Stored(Manifest):
+    """A manifest on disk; its table is decoded when it is first asked for, which reading features seldom does."""
+
+    def __init__(
+        self,
+        name: str,
+        table: "pa.Table | None",
+        digest: str,
+        meta: dict[str, Any],
+        stored: tuple[Place, str, int] | None = None,
+    ):
+        # `dataclasses.replace` comes here with a table.
+        self.__dict__.update(name=name, digest=digest, meta=meta, _stored=stored)
+        if table is not None:
+            self.__dict__["table"] = table
+
+    def __len__(self) -> int:
+        stored = self.__dict__["_stored"]
+        return int(self.table.num_rows if stored is None else stored[2])
+
+    @cached_property
+    def table(self) -> "pa.Table":
+        path, seal, _ = self.__dict__["_stored"]
+        data = path.read_bytes()
+        if files.digest(data) != seal:
+            raise ManifestError(f"{path}: was changed while it was in use; open the store again")
+        return files.read_parquet(data)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Manifest, (self.name, self.table, self.digest, self.meta)
 
 
 def table_digest(table: "pa.Table") -> str:
@@ -269,7 +302,7 @@ def _read_source(path: Place) -> dict[str, Any]:
     """`source.toml`, whose last line seals the others (not in stores of schema 1)."""
     data = path.read_bytes()
     head, mark, seal = data.rpartition(b'seal = "')
-    if mark and seal != f'{files.digest(head)}"\n'.encode():
+    if (mark or b'\nsha256 = "' in data) and seal != f'{files.digest(head)}"\n'.encode():
         raise ValueError("its content does not match its seal")
     return tomllib.loads((head if mark else data).decode())
 
@@ -297,16 +330,20 @@ def load(folder: Place, name: str, short: str | None = None) -> Manifest:
     try:
         meta, data = _read_source(matches[0] / "source.toml"), (matches[0] / "manifest.parquet").read_bytes()
         digest = str(meta.pop("digest"))
-        if meta.pop("sha256", None) not in (None, files.digest(data)):
+        sealed = meta.pop("sha256", None)
+        if sealed not in (None, files.digest(data)):
             raise ValueError("manifest.parquet holds other bytes than were written")
-        table = files.read_parquet(data)
+        stored = matches[0] / "manifest.parquet", files.digest(data), files.parquet_rows(data)
+        manifest: Manifest = _Stored(name, None, digest, meta, stored)
+        if sealed is None:  # in stores of schema 1 only decoding tells whether it is whole
+            manifest = Manifest(name, manifest.table, digest, meta)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise ManifestError(
             f"{matches[0]}: the manifest is damaged ({type(error).__name__}); register {name!r} again"
         ) from error
     if not digest.startswith(wanted):
         raise UnknownNameError(missing)
-    return Manifest(name=name, table=table, digest=digest, meta=meta)
+    return manifest
 
 
 def earlier_ids(folder: Place, name: str) -> set[str]:

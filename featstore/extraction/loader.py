@@ -14,6 +14,7 @@ from featstore.errors import DecodeError, ManifestError
 from featstore.files import retry
 from featstore.images import PreprocessSpec, decode, preprocess, stack
 from featstore.store.commits import HASH_HEX, RowState
+from featstore.store.layout import LEFT
 
 NO_CONTENT = "0" * HASH_HEX
 GONE = -1  # a row of an older manifest that was never extracted and has left the data set
@@ -96,6 +97,6 @@ class Loader:
     def _submit(self, row: int) -> "Future[tuple[np.ndarray | None, RowState]]":
         if row == GONE:
             done: Future[tuple[np.ndarray | None, RowState]] = Future()
-            done.set_result((None, RowState(NO_CONTENT, "the sample left the data set before it was extracted")))
+            done.set_result((None, RowState(NO_CONTENT, LEFT)))
             return done
         return self._pool.submit(load_image, self._root / self._paths[row], self._sizes[row], self.spec)

@@ -20,8 +20,9 @@ from featstore.backbones.tokens import Backbone, Tokens
 from featstore.configs import RunConfig, parse_share
 from featstore.datasets.manifest import MISSING, check_unchanged
 from featstore.errors import ConfigError, DeviceError, FeatstoreError, StoreError
+from featstore.extraction.kept import Kept, read_kept
 from featstore.extraction.loader import GONE, Batch, Job, Loader
-from featstore.extraction.plan import Plan
+from featstore.extraction.plan import Plan, failed_blocks
 from featstore.extraction.prepare import is_prepared, prepare
 from featstore.extraction.reduce import Reducer, settle, summary_line
 from featstore.images import to_pixels
@@ -228,13 +229,12 @@ class _Worker:
 
         One pass over the images serves all groups that lack them. Where batches are cut depends on the block alone.
         """
+        position = {int(row): i for i, row in enumerate(self.row_index)}
         done = {}
         for group in self.groups():
             done[group] = commits.committed_blocks(self.plan.folder, group)
             if self.run.retry_failed:
-                failed = {block for block in done[group] if commits.read_commit(self.plan.folder, group, block).failed}
-                done[group] -= failed
-        position = {int(row): i for i, row in enumerate(self.row_index)}
+                done[group] -= failed_blocks(self.plan.folder, group, position.keys())
         jobs: dict[tuple[str, ...], list[Job]] = {}
         for block, start, stop in self.ledger.blocks(self.rows_per_block):
             lacking = tuple(group for group in done if block not in done[group])
@@ -265,18 +265,25 @@ class _Worker:
         """One pass over the images of some blocks, for all arrays of some groups."""
         arrays = [array for group in groups for array in self.ledger.groups[group]]
         writers: list[BlockWriter] = []
+        kept: list[Kept] = []
+        first = 0
         with Loader(self.plan.manifest, self.plan.preprocess, jobs, workers=self.workers) as loader:
             try:
                 for batch in loader:
                     if not writers:
                         writers = [self._writer(group, batch.job.block) for group in groups]
+                        kept = [read_kept(self.plan.folder, item.group, item.arrays, item.block) for item in writers]
+                        first = writers[0].start
                         for writer in writers:
                             writer.__enter__()
                     rows = self.embed(batch, arrays)
-                    for writer in writers:
-                        writer.append({array.name: rows[array.name] for array in writer.arrays}, batch.states)
+                    for writer, before in zip(writers, kept):
+                        own = {array.name: rows[array.name] for array in writer.arrays}
+                        writer.append(*before.fill(first, batch.job.rows, own, batch.states))
+                    first += len(batch.states)
                     self._count(batch, summary, allowed)
-                    advance(len(batch.states), sum(state.reason is not None for state in batch.states))
+                    here = [state for row, state in zip(batch.job.rows, batch.states) if row != GONE]
+                    advance(len(here), sum(state.reason is not None for state in here))
                     while writers and writers[0].done:
                         self._commit(writers[0])
                         writers.pop(0).__exit__()

@@ -1,5 +1,6 @@
 """From a request to what has to be done: the set's identity, its arrays, the rows that are missing, bytes and files."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from featstore.request import as_request
 from featstore.store import commits, ledger, reductions
 from featstore.store.catalog import Store
 from featstore.store.layout import ITEMSIZE, ArraySpec, block_rows, make_spec, read_spec, set_folder, set_name
+from featstore.store.packed import check_not_archived
 from featstore.store.reductions import Reduction
 
 
@@ -242,6 +244,9 @@ def make_plan(
     spec["request"] = as_request(config, compute_dtype=identity["compute_dtype"])
     folder = set_folder(store.path, spec)
     spec = existing_spec(folder, spec, config.block_rows)
+    missing = missing_rows(folder, manifest, arrays, spec, retry_failed=run.retry_failed)
+    if any(len(rows) for rows in missing.values()):
+        check_not_archived(folder)
     return Plan(
         manifest=manifest,
         source=source,
@@ -250,7 +255,7 @@ def make_plan(
         folder=folder,
         arrays=arrays,
         layers=layers,
-        missing=missing_rows(folder, manifest, arrays, spec, retry_failed=run.retry_failed),
+        missing=missing,
         notes=notes + lines,
     )
 
@@ -303,11 +308,15 @@ def missing_rows(
             group = book.group_of(array.name)
             done = commits.committed_blocks(folder, group)
             if retry_failed:
-                done = {
-                    block for block, commit in commits.read_commits(folder, group, done).items() if not commit.failed
-                }
+                done -= failed_blocks(folder, group, set(rows.tolist()))
         missing[array.name] = everything[~np.isin(rows // size, np.fromiter(done, np.int64, len(done)))]
     return missing
+
+
+def failed_blocks(folder: Place, group: str, rows: Collection[int]) -> set[int]:
+    """Committed blocks in which at least one of these rows failed."""
+    found = commits.read_commits(folder, group).items()
+    return {block for block, commit in found if any(row in rows for row in commit.failed)}
 
 
 def committed_contents(folder: Place) -> dict[int, str]:

@@ -71,11 +71,12 @@ def recheck(
 ) -> Recheck:
     """Compute `rows` committed rows again, drawn by `seed`, and compare them with what is stored.
 
-    Reduced arrays are compared as tokens. `weights` says where the set's weights are on this machine; `advance` is
-    told the number of images, as they are done.
+    Reduced arrays are compared as tokens. `weights` says where the set's weights are on this machine; of a set made by
+    a function it must be that `module:function`. `advance` is told the number of images, as they are done.
 
     Raises:
-        ConfigError: imported features, fewer than one row, or preprocessing that this version does otherwise.
+        ConfigError: imported features, fewer than one row, preprocessing that this version does otherwise, or a
+            function that the caller did not name.
         IncompleteError: no row is committed.
         WeightsError: the weights found are not those of the set.
         MissingWeightsError: they are not on this machine.
@@ -110,6 +111,13 @@ def recheck(
     return Recheck(features.name, device, len(drawn), changed, checks)
 
 
+def function_of(spec: dict[str, Any]) -> str | None:
+    """The `module:function` that a set was made by, according to its spec; None where it is no function."""
+    facts = spec["weights"]
+    model = str(facts["function"] if facts["kind"] == "function" else request_of(spec).get("model", ""))
+    return model if ":" in model and not model.startswith("hf:") else None
+
+
 def find_backbone(spec: dict[str, Any], weights: Path | None, digest_cache: Path | None) -> BackboneSource:
     """The backbone that a set was made by, its weights checked against the set's identity; see `recheck`."""
     identity, facts = spec["identity"], spec["weights"]
@@ -118,12 +126,20 @@ def find_backbone(spec: dict[str, Any], weights: Path | None, digest_cache: Path
             f"{spec['dataset']}/{spec['model']} holds imported features, which no backbone here can compute again; "
             "compare with their file by importing it again"
         )
+    # A store may come from others, and what its spec names would be imported and called.
+    function = function_of(spec)
+    if function is not None and str(weights) != function:
+        raise ConfigError(
+            f"{spec['dataset']}/{spec['model']} was made by the function {function}, whose code runs only where it is "
+            f"named: give --weights {function} if you trust it" + (f", got --weights {weights}" if weights else "")
+        )
+    if function is not None:
+        weights = None
     request = request_of(spec)
     model, seed = str(request["model"]), request.get("random_weights")
     if ":" not in model and model not in BACKBONES and facts["kind"] == "hub":
         model = f"hf:{facts['repo']}"  # of sets made before requests were kept
-    if facts["kind"] == "function":
-        model = facts["function"]
+    model = function or model
     held = weights or (Path(request["weights"]) if request.get("weights") else None)
     if facts["kind"] == "local" and weights is None and held is not None and not held.exists():
         raise MissingWeightsError(f"{spec['model']}: weights from local files, and {held} is not there; give --weights")

@@ -8,7 +8,6 @@ and matched. `archiving.json` stands from the first step to the last and keeps w
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -73,7 +72,10 @@ def _committed(folder: Path, book: ledger.Ledger) -> Iterator[_Shard]:
     """Every shard that a marker names."""
     for group, arrays in book.groups.items():
         for block in sorted(commits.committed_blocks(folder, group)):
-            marker = commits.read_commit(folder, group, block)
+            try:
+                marker = commits.read_commit(folder, group, block)
+            except FileNotFoundError:
+                continue  # taken back just now
             for array in arrays:
                 for number, sums in marker.shards[array.name].items():
                     yield _shard(folder, array, int(number), sums)
@@ -103,7 +105,8 @@ def exclusive(folder: Place, lock: str, doing: str) -> Iterator[None]:
         yield
     finally:
         try:
-            path.unlink(missing_ok=True)
+            if _names(path, descriptor):  # not once the folder was moved away and another one has its name
+                path.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
 
@@ -115,11 +118,37 @@ def _names(path: Path, descriptor: int) -> bool:
         return False
 
 
+def exclusively(folder: Place) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock that a set is archived, unarchived and moved under.
+
+    Raises:
+        StoreError: another process holds it.
+    """
+    return exclusive(folder, LOCK, "archiving, unarchiving or moving this set")
+
+
+def require_calm(folder: Place) -> None:
+    """Nobody is at work on a block, as far as can be told; what dead writers left is removed.
+
+    Raises:
+        StoreError: a writer is, or may be, at work.
+    """
+    with files.writing(folder):
+        commits.sweep_attempts(folder, older_than=commits.STALE_SECONDS)
+        home = folder / "attempts"
+        living = [path.name for path in home.iterdir() if not files.is_dead(path.name)] if home.is_dir() else []
+    if living:
+        raise StoreError(
+            f"{folder}: a writer is at work here ({len(living)} attempts); wait for it, or stop it and run this "
+            "again (one of another machine counts as dead after an hour)"
+        )
+
+
 @contextlib.contextmanager
 def _converting(folder: Place) -> Iterator[None]:
     if not isinstance(folder, Path):
         raise StoreError(f"{folder}: sets of an object store cannot change their form in place; copy it to a local one")
-    with files.writing(folder), exclusive(folder, LOCK, "archiving or unarchiving this set"):
+    with files.writing(folder), exclusively(folder):
         for path in (folder / "data.zarr").rglob("c.[0-9]*.partial"):
             path.unlink()  # of a killed call: nobody else writes such files
         yield
@@ -135,14 +164,15 @@ def archive_set(
 
     Raises:
         ConfigError: an unknown codec or level, or another than was begun with.
-        StoreError: rows are missing, the disk has no room, another process converts the set.
+        StoreError: rows are missing, a writer is at work, the disk has no room, another process converts or moves the
+            set.
         CorruptError: a raw shard is not what was committed; nothing is removed.
     """
     with _converting(folder):
         spec = read_spec(folder)
         check_current(spec["schema"], f"{folder}: this set")
-        book = ledger.read_ledger(folder)
-        chosen = _begin(folder, book, codec, level)
+        chosen = _begin(folder, ledger.read_ledger(folder), codec, level)
+        book = ledger.read_ledger(folder)  # with what was added before writers were kept away
         sealed = archived(folder)
         if sealed is None:
             sums: dict[str, dict[str, Sums]] = {name: {} for name in book.arrays}
@@ -152,10 +182,12 @@ def archive_set(
                 sums[shard.array.name][str(shard.number)] = found
                 raw_bytes, num_bytes = raw_bytes + shard.sums[0], num_bytes + found[0]
             made = {"codec": chosen.name, "level": chosen.level, "raw_bytes": raw_bytes, "bytes": num_bytes}
+            if not (folder / "spec.json").is_file():
+                raise StoreError(f"{folder}: the set was removed while it was archived; nothing is sealed")
             files.create_exclusive(folder / SEALED, files.sealed({**made, "shards": sums}))
             sealed = archived(folder)
             assert sealed is not None, "just written, and the lock is ours"
-        write_metadata(folder, spec, book)
+        ledger.write_metadata(folder, spec, book)
         for name in book.arrays:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(folder / "data.zarr" / name / "c")
@@ -166,39 +198,64 @@ def archive_set(
 
 
 def _begin(folder: Place, book: ledger.Ledger, codec: str | None, level: int | None) -> Codec:
-    """Announce the conversion, which keeps writers away, and only then look whether the set is complete."""
+    """Announce the conversion, which keeps writers away, and then look once more whether the set is complete."""
     path = folder / BEGUN
     chosen = Codec.choose(codec or "zstd", level)
-    if path.is_file():
+    begun = path.is_file()
+    if begun:
         held = files.unseal(path.read_bytes(), path)
         if (codec or held["codec"], level or held["level"]) != (held["codec"], held["level"]):
             raise ConfigError(
                 f"{folder}: archived, or begun to be, with {held['codec']} level {held['level']}; leave --codec and "
                 "--level out to go on with that, or run `featstore unarchive` first"
             )
-        return Codec(held["codec"], held["level"])
-    for array in book.arrays.values():
-        chosen.check(array)
+        chosen = Codec(held["codec"], held["level"])
+        if archived(folder) is not None:
+            return chosen
+    _require_ready(folder, book, chosen)  # before it is announced, so that a running extract is not stopped
     files.create_exclusive(path, files.sealed({"codec": chosen.name, "level": chosen.level}))
     try:
-        _require_complete(folder, ledger.read_ledger(folder))
-        _require_room(folder, _foreseen(list(_committed(folder, book)), chosen), "archiving")
+        book = ledger.read_ledger(folder)
+        _require_ready(folder, book, chosen)
+        if not begun:
+            _require_room(folder, _foreseen(list(_committed(folder, book)), chosen), "archiving")
     except BaseException:
-        path.unlink(missing_ok=True)
+        if not begun:
+            path.unlink(missing_ok=True)
         raise
     return chosen
 
 
-def _require_complete(folder: Place, book: ledger.Ledger) -> None:
-    size = int(read_spec(folder)["layout"]["block_rows"])
-    wanted = {block for block, _, _ in book.blocks(size)}
+def _require_ready(folder: Place, book: ledger.Ledger, codec: Codec) -> None:
+    for array in book.arrays.values():
+        codec.check(array)
+    require_calm(folder)
+    wanted = _mapped_blocks(folder, book)
     missing = sum(len(wanted - commits.committed_blocks(folder, group)) for group in book.groups)
     undecided = any(decisions.open_intents(folder, group) for group in book.groups)
     if missing or not wanted or not book.groups or undecided:
+        first = "`featstore unarchive` gives up what was begun; then " if (folder / BEGUN).is_file() else ""
         raise StoreError(
-            f"{folder}: only complete sets are archived, and this one lacks {missing or 'all'} blocks; run the same "
-            "`featstore extract` again first"
+            f"{folder}: only complete sets are archived, and this one lacks {missing or 'all'} blocks; {first}run the "
+            "same `featstore extract` again first"
         )
+
+
+def _mapped_blocks(folder: Place, book: ledger.Ledger) -> set[int]:
+    """Blocks that an extract for the current manifest computes, or for any where the set was not extracted for it.
+
+    Others, which hold only samples that left the data set or rows that nobody maps, may stay uncommitted for ever.
+    """
+    spec = read_spec(folder)
+    size = int(spec["layout"]["block_rows"])
+    current = folder.parents[2] / "datasets" / spec["dataset"] / "current"
+    short = current.read_bytes().decode("ascii", "replace").strip() if current.is_file() else ""
+    own = ledger.rows_path(folder, short)
+    mapped = set[int]()
+    for path in [own] if own.is_file() else sorted((folder / "rows").glob("*.parquet")):
+        rows = ledger.read_mapping_table(path, ("row",)).column("row").to_numpy()
+        mapped.update(np.unique(rows // size).tolist())
+    return mapped & {block for block, _, _ in book.blocks(size)}
 
 
 def _foreseen(shards: list[_Shard], codec: Codec) -> int:
@@ -280,36 +337,13 @@ def _checked(shard: _Shard, path: Path, coder: Any, advance: Advance = lambda _:
         return packed.summary()
 
 
-def wanted_metadata(folder: Place, spec: dict[str, Any], book: ledger.Ledger) -> dict[Place, bytes]:
-    """Every `zarr.json` of a set in its present form, and its bytes; like `ledger.wanted_metadata`, archived or not."""
-    wanted = ledger.wanted_metadata(folder, spec, book)
-    sealed = archived(folder)
-    if sealed is not None:
-        codec = Codec(sealed["codec"], sealed["level"])
-        for array in book.arrays.values():
-            path = folder / "data.zarr" / array.name / "zarr.json"
-            wanted[path] = json.dumps(codec.metadata(json.loads(wanted[path]), array.dtype), indent=2).encode()
-    return wanted
-
-
-def write_metadata(folder: Place, spec: dict[str, Any], book: ledger.Ledger) -> None:
-    """Bring every `zarr.json` up to the set's present form."""
-    _switch(wanted_metadata(folder, spec, book))
-
-
-def _switch(wanted: dict[Place, bytes]) -> None:
-    for path, data in wanted.items():
-        if not path.is_file() or path.read_bytes() != data:
-            files.write_atomic(path, data)
-
-
 def unarchive_set(folder: Place, *, advance: Advance = lambda _: None) -> dict[str, Any]:
     """Bring back the very bytes that were committed; also gives up an archiving that was killed.
 
     Returns raw_bytes (of the rebuilt shards) and codec; a call after a kill goes on where the killed one was.
 
     Raises:
-        StoreError: the set is not archived, the disk has no room, another process converts the set.
+        StoreError: the set is not archived, the disk has no room, another process converts or moves the set.
         CorruptError: a compressed shard is damaged; nothing is removed.
     """
     with _converting(folder):
@@ -328,7 +362,7 @@ def unarchive_set(folder: Place, *, advance: Advance = lambda _: None) -> dict[s
         (folder / SEALED).unlink(missing_ok=True)
         files.sync_folder(folder)
         # Without the seal the raw shards are the set: they are all there whether it was never written or just removed.
-        write_metadata(folder, spec, book)
+        ledger.write_metadata(folder, spec, book)
         for name in book.arrays:
             for path in (folder / "data.zarr" / name).glob("c.[0-9]*"):
                 path.unlink()
@@ -374,37 +408,46 @@ def _writer(shard: _Shard, path: Path) -> ShardWriter:
     )
 
 
-def damaged_shards(folder: Place, *, deep: bool = False) -> Iterator[tuple[str, str, str, int]]:
+def damaged_shards(
+    folder: Place, *, deep: bool = False, advance: Advance = lambda _: None
+) -> Iterator[tuple[str, str, str, int]]:
     """(place, problem, group, block) of every compressed shard that is not as it was sealed; `deep` decodes all.
 
-    Nothing comes of a set that is not archived. A damaged `archive.json` or marker raises CorruptError.
+    `advance` is told the size of each shard file that was looked at. Nothing comes of a set that is not archived. A
+    damaged `archive.json` or marker raises CorruptError.
     """
     sealed = archived(folder)
     if sealed is None:
         return
     for group, arrays in ledger.read_ledger(folder).groups.items():
         for block in sorted(commits.committed_blocks(folder, group)):
-            marker = commits.read_commit(folder, group, block)
+            try:
+                marker = commits.read_commit(folder, group, block)
+            except FileNotFoundError:
+                continue  # taken back just now
             for array in arrays:
                 for number, sums in marker.shards[array.name].items():
                     shard = _shard(folder, array, int(number), sums)
-                    what = _damage(shard, sealed, sealed["shards"][array.name].get(number), deep)
+                    what, num_bytes = _damage(shard, sealed, sealed["shards"].get(array.name, {}).get(number), deep)
+                    advance(num_bytes)
                     if what:
                         yield shard.packed.relative_to(folder).as_posix(), what, group, block
 
 
-def _damage(shard: _Shard, sealed: dict[str, Any], sums: Sums | None, deep: bool) -> str:
+def _damage(shard: _Shard, sealed: dict[str, Any], sums: Sums | None, deep: bool) -> tuple[str, int]:
+    """(what is wrong or '', bytes of the file) of one compressed shard."""
     try:
         with contextlib.closing(PackedShard(shard.packed, shard.layout.num_chunks)) as packed:
+            size = packed.size
             if packed.summary() != sums:
-                return "size or checksum differs from what was archived"
+                return "size or checksum differs from what was archived", size
         if deep:
             _checked(shard, shard.packed, Codec(sealed["codec"], sealed["level"]).coder(shard.array.dtype))
     except FileNotFoundError:
-        return "the compressed shard is missing"
+        return "the compressed shard is missing", 0
     except OSError as error:  # damaged, or a bad sector
-        return str(error)
-    return ""
+        return str(error), 0
+    return "", size
 
 
 def check_archive(folder: Place, *, deep: bool = False) -> Iterator[tuple[str, str]]:

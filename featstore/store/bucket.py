@@ -59,13 +59,14 @@ def enter(root: Place) -> None:
 
 
 def renew(root: Place) -> None:
-    """Give a sign of life where this process holds a store as its only writer.
+    """Give a sign of life where this process holds a store, local or not, as its only writer.
 
     Raises:
         StoreError: another writer took the store over.
     """
+    from featstore.store.locks import held_lock
+
     held = as_object(root)
-    if held is not None:
-        lock = connection(held.bucket).entered.get(str(held))
-        if lock is not None:
-            lock.renew()
+    lock = held_lock(root) if held is None else connection(held.bucket).entered.get(str(held))
+    if lock is not None:
+        lock.renew()

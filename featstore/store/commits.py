@@ -47,6 +47,7 @@ from featstore.store.shards import ShardSummary, ShardWriter, read_summary, shar
 
 HASH_HEX = 32  # 128 bits of SHA-256 a row: enough to tell contents apart, small enough to keep in the marker
 MARKER = "marker.json"
+MISSING = "is not there"
 READERS = 16  # markers read at once from a bucket
 STALE_SECONDS = 3600.0  # an attempt untouched for an hour has no living writer
 
@@ -111,21 +112,14 @@ def read_commits(folder: Place, group: str, blocks: Iterable[int] | None = None)
     if as_object(folder) is None:
         return {block: commit for block in wanted if (commit := one(block)) is not None}
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(one, wanted)
-        return {block: commit for block, commit in zip(wanted, found) if commit is not None}
+        return {block: commit for block, commit in zip(wanted, pool.map(one, wanted)) if commit is not None}
 
 
 def _parse_commit(data: bytes, path: Place) -> Commit:
     value = files.unseal(data, path)
-    return Commit(
-        block=value["block"],
-        start=value["start"],
-        stop=value["stop"],
-        attempt=value["attempt"],
-        shards=value["shards"],
-        failed={int(row): reason for row, reason in value["failed"].items()},
-        contents=value["contents"],
-    )
+    failed = {int(row): reason for row, reason in value["failed"].items()}
+    same = ("block", "start", "stop", "attempt", "shards", "contents")
+    return Commit(**{key: value[key] for key in same}, failed=failed)
 
 
 def committed_blocks(folder: Place, group: str) -> set[int]:
@@ -137,9 +131,8 @@ def committed_blocks(folder: Place, group: str) -> set[int]:
 class BlockWriter:
     """Streams the rows of one block into shards and commits them.
 
-    Use as a context manager: leaving it without a decision removes everything this attempt wrote. Memory is a chunk
-    an array. In a bucket the block's shards stand in the user's cache folder until `commit` uploads them: disk of one
-    block, all arrays of the group together, and no memory but the system's cache of those files.
+    Use as a context manager: leaving it without a decision removes everything this attempt wrote. Memory is a chunk an
+    array. For a bucket the block's shards, all arrays of the group, stand in the user's cache folder until `commit`.
     """
 
     folder: Place
@@ -239,9 +232,8 @@ class BlockWriter:
             StoreError: rows are missing, the attempt's files or the set were removed meanwhile, or the disk refuses.
         """
         if not self.done or self._writers:
-            raise StoreError(
-                f"block {self.block}: {self._position} of {self.stop - self.start} rows written; not committed"
-            )
+            total = self.stop - self.start
+            raise StoreError(f"block {self.block}: {self._position} of {total} rows written; not committed")
         place = self.folder, self.group, self.block
         renew(self.folder.parents[2])
         with files.writing(self.home):
@@ -249,6 +241,7 @@ class BlockWriter:
             own = self._write_marker()
             while not is_marked(*place):
                 self._check_present()
+                check_not_archived(self.folder)
                 decide(*place, self.attempt)
                 if finish_block(self.folder, self.group, self.arrays, self.block, self.rows_per_block):
                     break
@@ -370,6 +363,7 @@ class _Finisher:
 
         Raises:
             FileNotFoundError: its file is gone.
+            StoreError: nothing stays under the key; the decision stands.
             CorruptError: what stands under the key is not what the attempt's marker names.
         """
         source = self.home / attempt_file(self.array.name, shard)
@@ -387,7 +381,8 @@ class _Finisher:
                 raise FileNotFoundError(2, "this attempt is not the block any more", str(self.home))
             # No marker names this file, so nobody counts on it.
             files.replace_kept(source, final, seen)
-        raise CorruptError(f"{final}: the shard just published {what}; not committed; check the disk, then run again")
+        kind = StoreError if what == MISSING else CorruptError
+        raise kind(f"{final}: the shard just published {what}; not committed; check the disk, then run again")
 
     def _fault(self, final: Place, checksums: list[int]) -> str:
         shard_rows, chunk_rows = self.array.layout(self.rows_per_block)
@@ -402,6 +397,8 @@ class _Finisher:
             )
         except CorruptError as error:
             return f"is damaged ({error})"
+        except FileNotFoundError:
+            return MISSING
         except ReplacedError:
             return "was replaced meanwhile"
         same = [found.size, found.index_crc, found.data_crc] == checksums
@@ -414,18 +411,21 @@ def finish_intents(folder: Place, ledger: Ledger, rows_per_block: int) -> int:
     with files.writing(folder):
         for group, arrays in ledger.groups.items():
             for block in open_intents(folder, group):
-                if as_object(folder) is not None and decided(folder, group, block) is None:
-                    continue  # a block that was taken back
-                finish_block(folder, group, arrays, block, rows_per_block)
-                finished += 1
+                if as_object(folder) is None or decided(folder, group, block) is not None:  # else it was taken back
+                    finish_block(folder, group, arrays, block, rows_per_block)
+                    finished += 1
     return finished
 
 
-def take_back(folder: Place, group: str, arrays: list[ArraySpec], block: int, rows_per_block: int) -> None:
-    """Undo one commit, so that the block is computed again.
+def take_back(
+    folder: Place, group: str, arrays: list[ArraySpec], block: int, rows_per_block: int, *, archived: bool = False
+) -> None:
+    """Undo one commit, so that the block is computed again; of an archived set only if `archived` (it is damaged).
 
     Its shards stay until the next commit replaces them: removing them here could hit those of a commit made meanwhile.
     """
+    if not archived:
+        check_not_archived(folder)
     enter(folder.parents[2])
     with files.writing(folder):
         finish_block(folder, group, arrays, block, rows_per_block)
@@ -471,13 +471,11 @@ def sweep_attempts(folder: Place, *, older_than: float) -> int:
     A writer counts as dead if it was a process of this machine and is gone, or if it has changed nothing for
     `older_than` seconds. Attempts that an intent names are kept: they are the block.
     """
-    home = folder / "attempts"
+    home, removed = folder / "attempts", 0
     kept = decided_attempts(folder)
-    removed = 0
     with files.writing(folder):
         for attempt in list(home.iterdir()) if home.is_dir() else []:
-            dead = files.is_dead(attempt.name) or _age(attempt) >= older_than
-            if attempt.name not in kept and dead:
+            if attempt.name not in kept and (files.is_dead(attempt.name) or _age(attempt) >= older_than):
                 _retire(attempt)
                 removed += 1
         if as_object(folder) is not None:

@@ -29,7 +29,7 @@ from featstore.errors import CorruptError, StoreError, UnknownNameError
 from featstore.objects import Place
 from featstore.store import commits, ledger
 from featstore.store.decisions import marker_path
-from featstore.store.layout import ArraySpec, read_spec
+from featstore.store.layout import ArraySpec, check_current, read_spec
 from featstore.store.packed import BEGUN, SEALED
 from featstore.store.reader import ShardedArray
 from featstore.store.shards import (
@@ -88,7 +88,8 @@ def compactable(folder: Place, arrays: Sequence[str] | None = None) -> list[tupl
         raise UnknownNameError(f"{folder.name} has no {unknown[0]!r} to compact; it has {', '.join(book.arrays)}")
     size = int(read_spec(folder)["layout"]["block_rows"])
     found = []
-    for name in book.arrays if arrays is None else arrays:
+    of_one_vector = [name for name, array in book.arrays.items() if len(array.row_shape) == 1]
+    for name in of_one_vector if arrays is None else arrays:
         array = book.arrays[name]
         blocks = _prefix(folder, book, book.group_of(name), size)
         stop = blocks[-1][2] if blocks else 0
@@ -117,6 +118,8 @@ def compact(
         CorruptError: a committed shard is damaged or missing; no copy is made.
         StoreError: the copy cannot be written.
     """
+    if isinstance(folder, Path):
+        check_current(int(read_spec(folder)["schema"]), f"{folder}: this set")
     copies = []
     for array, stop in compactable(folder, arrays):
         reader = open_compact(folder, array.name, stop)

@@ -10,6 +10,7 @@ import hmac
 import json
 import math
 import os
+import re
 import secrets
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from featstore import files
-from featstore.datasets.manifest import COLUMNS
+from featstore.datasets.manifest import COLUMNS, Manifest
 from featstore.errors import ConfigError, IncompleteError, StoreError, UnknownNameError
 from featstore.store.features import FeatureSet
 
@@ -33,8 +34,11 @@ PIECE_BYTES = 64 * 2**20
 NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # of dtypes, in safetensors
 MIN_SALT = 16  # bytes; a shorter salt could be found by trying
 PSEUDONYM_HEX = 24  # 96 bits: no two of a million ids meet
-# A text column with more values than this is a name, a date or a report rather than a label.
+# A column with more texts or whole numbers than this is a name, a date or a report rather than a label.
 MAX_LABEL_TEXTS = 64
+MIN_DIGITS = 4  # of a part of a name that is no chance
+LONG_DIGITS = 6  # of a date or a record's number, which no class has
+MIN_TELLING = 2  # a column of no more values than these is binary
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,43 +169,78 @@ def _rows_table(features: FeatureSet, rows: Int64[np.ndarray, " K"], config: Exp
         columns[name] = column
     for name in config.labels:
         if config.salt is not None:
-            _check_label(features, name)
+            _check_label(features.manifest, name)
         if name not in columns:
             columns[name] = picked.column(name)
     return pa.table(columns)
 
 
-def _check_label(features: FeatureSet, name: str) -> None:
+def _check_label(manifest: Manifest, name: str) -> None:
     """Refuse a column that names samples or people, over the whole data set: a split may show too little of it."""
-    values = features.manifest.column(name)
-    own = {key: features.manifest.column(key) for key in ("id", "path", "group", "study")}
-    texts = {str(value) for value in values if value is not None and not _is_number(value)}
+    if name == "split":
+        return
+    rows = [(row, _plain(value)) for row, value in enumerate(manifest.column(name)) if value is not None]
+    own = {key: manifest.column(key) for key in ("id", "path", "group", "study")}
+    different = {text for _, text in rows if not _is_fraction(text)}
+    people = {group or sample for group, sample in zip(own["group"], own["id"])}
+    # Classes have many people each; a class may well be the name of a folder and so a part of the path.
+    telling = len(different) > MIN_TELLING and 2 * len(different) > len(people)
+    pairs = {
+        key: [(text, str(names[row])) for row, text in rows if names[row] is not None] for key, names in own.items()
+    }
     copied = [
         key
-        for key, names in own.items()
-        if any(
-            value is not None and other is not None and len(str(other)) > 3 and str(other) in str(value)
-            for value, other in zip(values, names)
-        )
-        or (len(set(names)) > 2 and [str(value) for value in values] == [str(other) for other in names])
+        for key, found in pairs.items()
+        if any(_is_part(text, other, telling) for text, other in found)
+        or (telling and found and all(_same_number(text, other) for text, other in found))
     ]
-    if name in COLUMNS and name != "split":
+    long = {text for text in different if len(_digits(text)) >= (MIN_DIGITS if telling else LONG_DIGITS)}
+    if name in COLUMNS:
         why = "it is no label"
     elif copied:
         why = f"it repeats the column {copied[0]!r}"
-    elif len(texts) > MAX_LABEL_TEXTS:
-        why = f"it holds {len(texts)} different texts, more than {MAX_LABEL_TEXTS}"
+    elif len(different) > MAX_LABEL_TEXTS:
+        why = f"it holds {len(different)} different texts or whole numbers, more than {MAX_LABEL_TEXTS}"
+    elif len(long) > MIN_TELLING:
+        why = f"it holds {len(long)} different long numbers, like those of records, or dates"
     else:
         return
     raise ConfigError(f"--deidentify: column {name!r} may name people ({why}); leave it out of --labels")
 
 
-def _is_number(value: Any) -> bool:
+def _plain(value: Any) -> str:
+    """A value as text, whole numbers without the `.0` of a column of floats."""
+    return re.sub(r"^([+-]?\d+)\.0*$", r"\1", str(value).strip())
+
+
+def _is_fraction(text: str) -> bool:
+    """A measurement such as 0.25: many different ones say nothing. NaN and infinity are none either."""
     try:
-        float(value)
+        number = float(text)
     except ValueError:
         return False
-    return True
+    return not math.isfinite(number) or not number.is_integer()
+
+
+def _digits(text: str) -> str:
+    return "".join(re.findall(r"\d", text))
+
+
+def _is_part(text: str, other: str, telling: bool) -> bool:
+    """Does a label hold a name of its own row, or a part of one: four digits, or any four characters if `telling`?"""
+    if len(other) >= MIN_DIGITS and other in text:
+        return True
+    if len(text) < MIN_DIGITS or _is_fraction(text):
+        return False
+    digits = _digits(text)
+    if len(digits) >= MIN_DIGITS and (text in other or digits in other or digits in _digits(other)):
+        return True
+    return telling and text in other
+
+
+def _same_number(text: str, other: str) -> bool:
+    """A whole number that also stands in a name, zeros before it or not."""
+    return text.isdecimal() and text.lstrip("0") in (run.lstrip("0") for run in re.findall(r"\d+", other))
 
 
 class _Source:

@@ -12,7 +12,8 @@ from featstore.datasets.manifest import Manifest
 from featstore.errors import ConfigError, IncompleteError, UnknownNameError
 from featstore.objects import Place
 from featstore.store import commits, compact, ledger, reductions
-from featstore.store.layout import read_spec, set_name
+from featstore.store.layout import LEFT, read_spec, set_name
+from featstore.store.packed import archived
 from featstore.store.reader import ShardedArray, split_key
 from featstore.store.reductions import Reduction
 
@@ -220,10 +221,11 @@ class FeatureSet:
     @property
     def failures(self) -> dict[int, str]:
         """Manifest row -> reason, for images that could not be decoded."""
-        found: dict[int, str] = {}
-        for group in self.ledger.groups:
-            found.update(self._failures_of(group))
-        return found
+        groups = [self._failures_of(group) for group in self.ledger.groups]
+        found = {row: why for group in groups for row, why in group.items() if why != LEFT}
+        # A sample that left before one array was added still has the others.
+        left = [row for row in (groups[0] if groups else ()) if all(row in group for group in groups)]
+        return {**{row: groups[0][row] for row in left}, **found}
 
     def _failures_of(self, group: str) -> dict[int, str]:
         size = int(self.spec["layout"]["block_rows"])
@@ -297,8 +299,11 @@ class FeatureSet:
             "weights": "random" if self.random else self.spec["weights"]["kind"],
             "pixels": [preprocess["height"], preprocess["width"]] if preprocess else None,
             "geometry": preprocess.get("geometry"),
+            "archived": sealed["codec"] if (sealed := archived(self.folder)) is not None else None,
             **({"reduction": self._losses()} if reductions.steps_of(self.spec) else {}),
-            "bytes": sum(array.row_bytes for array in self.ledger.arrays.values()) * len(self),
+            "bytes": sum(array.row_bytes for array in self.ledger.arrays.values()) * len(self)
+            if sealed is None
+            else sealed["bytes"],
         }
 
     def _losses(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def pick_arrays(
             f"it has {', '.join(sorted(arrays)) or 'none'}"
         )
     features, names = arrays[features_key], arrays[found]
-    if names.ndim != 1 or names.dtype.kind not in "USiu":
+    if names.ndim != 1 or names.dtype.kind not in "OUSiu":
         raise ManifestError(f"{path}: {found!r} must be one text or integer a row; got {names.dtype} {names.shape}")
     is_float = features.dtype.kind == "f" or features.dtype.name == "bfloat16"
     if features.ndim != 2 or 0 in features.shape or not is_float or len(features) != len(names):
@@ -124,7 +124,7 @@ def import_features(
     dtype = stored_dtype(features)
     array = ArraySpec(name="cls", row_shape=(features.shape[1],), dtype=dtype.name)
     rows = hashlib.sha256()
-    for _, piece in _pieces(features, dtype, np.argsort(np.array(ids))):
+    for _, piece in _pieces(features, dtype, np.array(sorted(range(len(ids)), key=ids.__getitem__))):
         rows.update(np.ascontiguousarray(piece).view(np.uint8).data)
     identity = {
         "weights": files.digest(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from featstore import files
-from featstore.errors import ConfigError, SchemaError, StoreError
+from featstore.errors import ConfigError, CorruptError, SchemaError, StoreError
 from featstore.objects import Place, as_object, parse_place
 from featstore.store.bucket import enter
 from featstore.store.shards import chunk_rows_for, shard_rows_for
@@ -24,6 +24,7 @@ HOME = "FEATSTORE_HOME"
 MIN_BLOCK, MAX_BLOCK = 256, 16384
 BLOCK_GFLOP, BLOCK_BYTES = 1e5, 4 * 2**30  # what a kill may cost: some minutes of a GPU, one transfer
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
+LEFT = "the sample left the data set before it was extracted"  # reason of rows that nothing can compute any more
 AXES = {"registers": ("row", "register", "dim"), "patches": ("row", "patch", "dim")}
 
 
@@ -166,6 +167,10 @@ def make_spec(
     }
 
 
+# What may become the name of a folder. Stores travel, and a seal does not say who made it.
+_PLAIN_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
+
+
 def set_name(spec: dict[str, Any]) -> str:
     """`model@res`, or `model` alone for features without a known input size."""
     return f"{spec['model']}@{spec['resolution']}" if spec["resolution"] else str(spec["model"])
@@ -185,7 +190,11 @@ def read_spec(folder: Place) -> dict[str, Any]:
     path = folder / "spec.json"
     data = path.read_bytes()
     _check_schema(data, f"{path}: this set")
-    return files.unseal(data, path)
+    spec = files.unseal(data, path)
+    names = (str(spec["dataset"]), set_name(spec))
+    if not all(_PLAIN_NAME.fullmatch(name) for name in names) or not re.fullmatch("[0-9a-f]{64}", spec["fingerprint"]):
+        raise CorruptError(f"{path}: {'/'.join(names)!r} is no name of a set; do not use a store from this source")
+    return spec
 
 
 def differences(a: Any, b: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -6,6 +6,7 @@ reads the winner's entry and plans again.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -92,12 +93,26 @@ def read_ledger(folder: Place) -> Ledger:
             raise CorruptError(
                 f"{path}: this entry is missing though later ones are there; restore it from a copy"
             ) from None
+        _check_names(entry, path)
         if entry["kind"] == "rows":
             segments.append(Segment(entry["start"], entry["stop"], entry["manifest"]))
         else:
             groups[entry["group"]] = [_array(folder, item) for item in entry["arrays"]]
         number += 1
     return Ledger(segments, groups, number)
+
+
+def _check_names(entry: dict[str, Any], path: Place) -> None:
+    """Names of an entry become paths below the set, and must stay there whoever wrote it."""
+    if entry["kind"] == "rows":
+        names, pattern = [entry["manifest"]], r"[0-9a-f]{8}"
+    else:
+        names, pattern = [item["name"] for item in entry["arrays"]], r"(layers/\d+/)?[a-z][a-z0-9_]*"
+        if entry["group"] != group_name(names):
+            names.append(entry["group"])
+    wrong = [name for name in names if not re.fullmatch(pattern, name)]
+    if wrong:
+        raise CorruptError(f"{path}: {wrong[0]!r} is no name of this format; do not use a store from this source")
 
 
 # Schema 1 left the layout to be derived from the block size, with shards of at most this size.
@@ -148,7 +163,8 @@ def read_rows(folder: Place, manifest: str) -> Int64[np.ndarray, " N"]:
     path = rows_path(folder, manifest)
     if not path.is_file():
         raise IncompleteError(
-            f"{folder.name}: not extracted for manifest {manifest}; run the same `featstore extract` again"
+            f"{folder.parent.name}/{folder.name}: not extracted for manifest {manifest}; run the same "
+            "`featstore extract` again, or read it for an older one (--manifest)"
         )
     rows: Int64[np.ndarray, " N"] = read_mapping_table(path, ("row",)).column("row").to_numpy()
     return rows
@@ -297,11 +313,13 @@ def wanted_metadata(folder: Place, spec: dict[str, Any], ledger: Ledger) -> dict
 def write_metadata(folder: Place, spec: dict[str, Any], ledger: Ledger) -> None:
     """Bring every `zarr.json` up to the ledger, so that plain zarr opens the arrays at their present length."""
     while True:
+        form = archived(folder)
         for path, data in wanted_metadata(folder, spec, ledger).items():
             if not path.is_file() or path.read_bytes() != data:
                 files.write_atomic(path, data)
-        # Somebody who grew the set meanwhile may have written a larger shape, which this call then made small again.
+        # Somebody who grew or archived the set meanwhile may have written a larger shape, or that of compressed shards,
+        # which this call then put back.
         latest = read_ledger(folder)
-        if latest.num_entries == ledger.num_entries:
+        if latest.num_entries == ledger.num_entries and archived(folder) == form:
             return
         ledger = latest

@@ -10,7 +10,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,15 @@ class WriterLock:
                 self.path.put(files.sealed(self.facts))
         self.renewed = time.monotonic()
 
+    def renewing(self, advance: Callable[..., None]) -> Callable[..., None]:
+        """A progress callback that also gives a sign of life, for work that commits nothing."""
+
+        def renewed(*done: int) -> None:
+            self.renew()
+            advance(*done)
+
+        return renewed
+
     def is_ours(self) -> bool:
         """Whether the lock on disk is still the one that this process wrote."""
         assert self.path is not None
@@ -77,8 +86,8 @@ def writer_lock(root: Place) -> Iterator[WriterLock]:
     if files.commit_mode(root) != "single":
         yield WriterLock(None)
         return
-    mine = _held.get(str(root))
-    if mine is not None and mine.facts["pid"] == os.getpid():  # not a parent's, whose memory this process copied
+    mine = held_lock(root)
+    if mine is not None:
         yield mine
         return
     with files.writing(root):
@@ -91,6 +100,13 @@ def writer_lock(root: Place) -> Iterator[WriterLock]:
         with contextlib.suppress(OSError):  # a lost lock is no reason to hide what ended the block
             if lock.path is not None and lock.is_ours():
                 lock.path.unlink(missing_ok=True)
+
+
+def held_lock(root: Place) -> WriterLock | None:
+    """The lock by which this process holds a store; None where it holds none."""
+    mine = _held.get(str(root))
+    # Not a parent's, whose memory this process copied.
+    return mine if mine is not None and mine.facts["pid"] == os.getpid() else None
 
 
 def _acquire(root: Place) -> WriterLock:

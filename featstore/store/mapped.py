@@ -6,17 +6,20 @@ read-ahead around each fault fetches megabytes for one row, no read-ahead at all
 So maps are advised as random, and the pages of exactly the wanted rows are asked for before the first is touched.
 
 Touching a map behind the end of a file that was truncated after mapping kills the process (SIGBUS). Committed shards
-are never truncated, replaced ones keep their old bytes for those who mapped them; against other programs, sizes are
-looked at again between gathers and so are the rows probed. A truncation within that time of a gather is not caught;
-`read` without `verify` is immune.
+are never truncated, replaced ones keep their old bytes for those who mapped them; against other programs, the sizes of
+all open shards are looked at every half second, and those of the shards of the rows probed at every gather. A
+truncation within that time of a gather is not caught; `read` without `verify` is immune.
 """
 
+import ctypes
+import errno
 import math
 import mmap
 import os
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +34,16 @@ from featstore.store.shards import CRC_BYTES, ShardLayout, numpy_dtype, shard_ke
 HAVE_PREADV = hasattr(os, "preadv")
 HAVE_ADVICE = hasattr(mmap.mmap, "madvise") and hasattr(mmap, "MADV_RANDOM")
 HAVE_NOWAIT = hasattr(os, "RWF_NOWAIT")
+# Linux knows of each page of a map whether it is in memory, on every file system; of the files of others, which this
+# process may not write either, it says so of all pages.
+_MINCORE = getattr(ctypes.CDLL(None), "mincore", None) if sys.platform == "linux" else None
+# Errors of a file system (tmpfs, NFS, FUSE) or kernel that cannot read without waiting: the same for every read.
+REFUSALS = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM)
 
 # Rows up to this size are gathered by one numpy indexing, larger ones by one copy each: their Python cost drowns in
 # the copy, and numpy cannot describe a window of many overlapping large rows (their total would pass 2**63 bytes).
 WINDOW_ROW_BYTES = 16 * 1024
+DENSE_BYTES = 64 * 2**20  # from here on a filter that keeps much of an array is read through instead of mapped
 BLOCK_BYTES = 2**20  # a gather into a given array goes through pieces that stay in the processor's cache
 READ_BUFFERS = 1000  # of one preadv; POSIX systems allow 1024
 READ_BYTES = 2**30  # of one preadv; Linux stops at 2 GiB
@@ -49,12 +58,13 @@ NOT_OPEN = -(2**62)
 class _Shard:
     """One open, mapped and checked shard; its file and map go when the last reference goes, never under a reader."""
 
-    __slots__ = ("address", "content", "descriptor", "is_short", "map", "num_chunks")
+    __slots__ = ("address", "content", "descriptor", "is_short", "map", "num_chunks", "tells_pages")
 
     def __init__(self, path: Path, layout: ShardLayout, needed_chunks: int) -> None:
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        size = os.fstat(self.descriptor).st_size
+        stat = os.fstat(self.descriptor)
+        size = stat.st_size
         if size < layout.index_bytes:
             layout.check(b"", size, str(path))
         self.map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
@@ -65,6 +75,15 @@ class _Shard:
         self.is_short = self.num_chunks < needed_chunks
         self.content = np.frombuffer(self.map, np.uint8)
         self.address: int = self.content.__array_interface__["data"][0]
+        self.tells_pages = _MINCORE is not None and (stat.st_uid == os.geteuid() or os.access(path, os.W_OK))
+
+    def is_in_memory(self, offset: int) -> bool:
+        """Whether the page of this byte is; False where the system does not tell."""
+        if not self.tells_pages or _MINCORE is None:
+            return False
+        found = ctypes.c_ubyte()
+        page = ctypes.c_void_p(self.address + offset // mmap.PAGESIZE * mmap.PAGESIZE)
+        return _MINCORE(page, ctypes.c_size_t(1), ctypes.byref(found)) == 0 and bool(found.value & 1)
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
@@ -117,6 +136,7 @@ class MappedRows:
         self._closed = False
         self._opened = self._snapshot({})
         self._batches_to_warm = BATCHES_TO_WARM
+        self._refuses_nowait = False
         self._sizes_due = 0.0
 
     def close(self) -> None:
@@ -125,6 +145,8 @@ class MappedRows:
             self._opened = self._snapshot({})
 
     def gather(self, rows: npt.NDArray[np.int64], out: np.ndarray | None, verify: bool) -> np.ndarray:
+        if len(rows) * self.layout.row_bytes >= DENSE_BYTES and _is_dense(rows):
+            return self._gather_dense(rows, out, verify)
         shard_of = rows // self.shard_rows
         opened = self._opened
         shift = opened.shift[shard_of]
@@ -148,6 +170,23 @@ class MappedRows:
         if self.layout.row_bytes <= WINDOW_ROW_BYTES:
             return self._take(opened.window, (places + shift) // self._step, out)
         return self._copy_rows(opened, shard_of, places, out)
+
+    def _gather_dense(self, rows: npt.NDArray[np.int64], out: np.ndarray | None, verify: bool) -> np.ndarray:
+        """A large part of the array in its own order (a filter): read through, so that no page of it stays mapped."""
+        shape = self.layout.row_shape
+        if out is None:
+            out = np.empty((len(rows), *shape), self.dtype)
+        piece = max(1, DENSE_BYTES // 2 // self.layout.row_bytes)
+        buffer = np.empty((piece, *shape), self.dtype)
+        done = 0
+        while done < len(rows):
+            first = int(rows[done])
+            end = int(np.searchsorted(rows, first + piece))
+            block = buffer[: int(rows[end - 1]) + 1 - first]
+            self.read(first, first + len(block), block, verify)
+            out[done:end] = block[rows[done:end] - first]
+            done = end
+        return out
 
     def prefetch(self, rows: npt.NDArray[np.int64]) -> None:
         """Ask the system to read these rows, without waiting for them; nothing happens if they are in memory already.
@@ -315,7 +354,11 @@ class MappedRows:
         if now < self._sizes_due:
             return
         self._sizes_due = now + SIZES_SECONDS
-        for number, shard in opened.shards.items():
+        self._require_sizes(opened, opened.shards)
+
+    def _require_sizes(self, opened: _Opened, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            shard = opened.shards[number]
             if os.fstat(shard.descriptor).st_size < len(shard.content):
                 self._sizes_due = 0.0
                 raise self._truncated(number)
@@ -324,22 +367,31 @@ class MappedRows:
         return CorruptError(f"shard {self._file(number)} was truncated while it was read; restore it, then open again")
 
     def _is_cold(self, opened: _Opened, shard_of: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> bool:
-        """Whether some of a few rows are not in the page cache, or nobody can tell; never waits for the disk."""
-        if not HAVE_NOWAIT:
-            return True
+        """Whether some of a few rows are not in memory, or nobody can tell; never waits for the disk."""
         step = -(-len(places) // (PROBES_COLD if self._batches_to_warm else PROBES_WARM))
+        shards = shard_of[::step]
+        probes = list(zip(shards.tolist(), (places[::step] - shards * self._payload).tolist(), strict=True))
+        is_cold = self._misses_cache(opened, probes) if HAVE_NOWAIT and not self._refuses_nowait else None
+        if is_cold is None:
+            self._require_sizes(opened, {shard for shard, _ in probes})
+            is_cold = not all(opened.shards[shard].is_in_memory(offset) for shard, offset in probes)
+        self._batches_to_warm = BATCHES_TO_WARM if is_cold else max(0, self._batches_to_warm - 1)
+        return is_cold
+
+    def _misses_cache(self, opened: _Opened, probes: list[tuple[int, int]]) -> bool | None:
+        """By a read of one byte that does not wait; None where the file system has none, which is remembered."""
         buffer = [bytearray(1)]
-        try:
-            for shard, place in zip(shard_of[::step].tolist(), places[::step].tolist(), strict=True):
-                held = opened.shards[shard].descriptor
-                if not os.preadv(held, buffer, place - shard * self._payload, os.RWF_NOWAIT):
-                    raise self._truncated(shard)
-        except CorruptError:
-            raise
-        except OSError:  # EAGAIN: not in memory; EOPNOTSUPP: a file system that cannot say
-            self._batches_to_warm = BATCHES_TO_WARM
-            return True
-        self._batches_to_warm = max(0, self._batches_to_warm - 1)
+        for shard, offset in probes:
+            try:
+                got = os.preadv(opened.shards[shard].descriptor, buffer, offset, os.RWF_NOWAIT)
+            except OSError as error:
+                if error.errno in REFUSALS:
+                    self._refuses_nowait = True
+                    return None
+                self._require_sizes(opened, {number for number, _ in probes})
+                return True
+            if not got:
+                raise self._truncated(shard)
         return False
 
     def _advise(self, opened: _Opened, shard_of: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> None:
@@ -371,6 +423,11 @@ class MappedRows:
 
     def _file(self, number: int) -> Path:
         return self.path / self._key(number)
+
+
+def _is_dense(rows: npt.NDArray[np.int64]) -> bool:
+    """Rows in rising order, at least a quarter of those between the first and the last."""
+    return 4 * len(rows) > int(rows[-1] - rows[0]) and bool((rows[1:] > rows[:-1]).all())
 
 
 def _max_open_shards() -> int:

@@ -252,14 +252,17 @@ class _Pair:
 
     def _compare_block(self, group: str, block: int, wanted: range, result: Merged) -> None:
         """A block that the target has: whether the source's rows of it say the same."""
-        arrays = self.target.book.groups[group]
+        there = self.source.book.arrays
+        arrays = [array for array in self.target.book.groups[group] if array.name in there]
+        if not arrays:
+            return
         held = self.target.commit(group, block)
         assert held is not None
         theirs = self.source.commit(group, block) if group in self.source.book.groups else None
         if theirs == held and all(self.source.owners.get(row) == self.target.owners.get(row) for row in wanted):
             result.equal += 1
             return
-        rows, others = self._pairs(group, wanted)
+        rows, others = self._pairs(arrays, wanted)
         if not len(rows):
             return
         states = [(self.target.state(group, int(a)), self._source_state(arrays, int(b))) for a, b in zip(rows, others)]
@@ -281,12 +284,8 @@ class _Pair:
         else:
             result.equal += 1
 
-    def _pairs(self, group: str, wanted: range) -> tuple[Int64[np.ndarray, " K"], Int64[np.ndarray, " K"]]:
-        """Rows of the target and committed rows of the source that hold the same sample."""
-        names = [array.name for array in self.target.book.groups[group]]
-        if any(name not in self.source.book.arrays for name in names):
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        arrays = self.target.book.groups[group]
+    def _pairs(self, arrays: list[ArraySpec], wanted: range) -> tuple[Int64[np.ndarray, " K"], Int64[np.ndarray, " K"]]:
+        """Rows of the target and committed rows of the source that hold the same sample in all these arrays."""
         found = []
         for row in wanted:
             owner = self.target.owners.get(row)
@@ -346,7 +345,9 @@ def _prepare(store: Store, entry: Entry, target: Place) -> None:
     for path in sorted((entry.folder / "reductions").glob("*")):
         files.create_exclusive(folder / "reductions" / path.name, path.read_bytes())
     files.create_exclusive(folder / "spec.json", (entry.folder / "spec.json").read_bytes())
-    if _follow_ledger(entry.folder, folder) and _same_mappings(mapped, folder):
+    # Blocks of another size are other blocks, whatever numbers they have.
+    same_blocks = read_spec(folder)["layout"] == read_spec(entry.folder)["layout"]
+    if same_blocks and _follow_ledger(entry.folder, folder) and _same_mappings(mapped, folder):
         for path in mapped:
             there = folder / "rows" / path.name
             files.create_exclusive(there, path.read_bytes())

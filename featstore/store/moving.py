@@ -18,6 +18,7 @@ from featstore.datasets import manifest as manifests
 from featstore.errors import ConfigError, CorruptError, StoreError
 from featstore.objects import Place
 from featstore.store import commits, ledger
+from featstore.store.archive import LOCK, exclusively, require_calm
 from featstore.store.catalog import Entry, Store
 from featstore.store.layout import check_current, check_store, read_spec, set_folder, store_path
 from featstore.store.locks import writer_lock
@@ -25,8 +26,8 @@ from featstore.store.verify import verify_set
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 COPY_BYTES = 2**20
-# Left behind in a move: they belong to attempts, which are not committed.
-PASSING = re.compile(r"(attempts/.*|.*\.partial|.*\.intent)")
+# Left behind in a move: they belong to attempts, which are not committed, or to the move itself.
+PASSING = re.compile(rf"(attempts/.*|.*\.partial|.*\.intent|{re.escape(LOCK)})")
 
 
 def rename_set(entry: Entry, new: str) -> Path:
@@ -37,7 +38,8 @@ def rename_set(entry: Entry, new: str) -> Path:
 
     Raises:
         ConfigError: no such name can be given.
-        StoreError: the name is taken, a writer is at work in the set, or the store cannot be written.
+        StoreError: the name is taken, a writer is at work in the set, another process converts or moves it, or the
+            store cannot be written.
     """
     dataset, _, model = new.partition("/")
     if dataset != entry.dataset or not NAME.fullmatch(model):
@@ -49,16 +51,18 @@ def rename_set(entry: Entry, new: str) -> Path:
     spec = {key: value for key, value in entry.spec.items() if key != "digest"} | {"model": model}
     check_current(int(spec["schema"]), f"{old}: this set")
     folder = set_folder(old.parents[2], spec)
-    if folder != old:
-        _require_calm(old)
-        if folder.exists():
-            raise StoreError(f"{folder} exists already; choose another name, or remove that set first")
-    with files.writing(old), writer_lock(old.parents[2]):
+    with files.writing(old), exclusively(old):
         if folder != old:
-            os.rename(old, folder)  # never onto a set: a folder that is not empty is not replaced
-            files.sync_folder(folder.parent)
-        if read_spec(folder)["model"] != model:
-            files.write_atomic(folder / "spec.json", files.sealed(spec))
+            _require_calm(old)
+            if folder.exists():
+                raise StoreError(f"{folder} exists already; choose another name, or remove that set first")
+        with writer_lock(old.parents[2]):
+            if folder != old:
+                os.rename(old, folder)  # never onto a set: a folder that is not empty is not replaced
+                files.sync_folder(folder.parent)
+            if read_spec(folder)["model"] != model:
+                files.write_atomic(folder / "spec.json", files.sealed(spec))
+        (folder / LOCK).unlink(missing_ok=True)  # which came along, still held
     return folder
 
 
@@ -76,14 +80,7 @@ def _require_calm(folder: Path) -> None:
     """
     with files.writing(folder):
         rows = int(read_spec(folder)["layout"]["block_rows"])
-        commits.sweep_attempts(folder, older_than=commits.STALE_SECONDS)
-        home = folder / "attempts"
-        living = [path.name for path in home.iterdir() if not files.is_dead(path.name)] if home.is_dir() else []
-        if living:
-            raise StoreError(
-                f"{folder}: a writer is at work here ({len(living)} attempts); wait for it, or stop it and run this "
-                "again (one of another machine counts as dead after an hour)"
-            )
+        require_calm(folder)
         commits.finish_intents(folder, ledger.read_ledger(folder), rows)
 
 
@@ -94,14 +91,19 @@ def move_set(store: Store, entry: Entry, to: str | Place, *, advance: Callable[[
     too. `advance` is told the bytes done, of `set_bytes`.
 
     Raises:
-        StoreError: the same store, another set under that name there, a writer at work, or a store that cannot be
-            written.
+        StoreError: the same store, another set under that name there, a writer at work, another process that converts
+            or moves the set, or a store that cannot be written.
         CorruptError: a file does not read back, or the set is damaged; nothing is removed here.
     """
     source, root = _local(entry.folder), _local(store_path(to))
     check_current(int(entry.spec["schema"]), f"{source}: this set")
     if root.resolve() == Path(store.path).resolve():
         raise StoreError(f"{root}: the set is there already; name another store")
+    with files.writing(source), exclusively(source):
+        return _move(store, entry, source, root, advance)
+
+
+def _move(store: Store, entry: Entry, source: Path, root: Path, advance: Callable[[int], None]) -> Path:
     _require_calm(source)
     verdict = verify_set(store, entry)
     if not verdict.ok:
@@ -109,12 +111,12 @@ def move_set(store: Store, entry: Entry, to: str | Place, *, advance: Callable[[
         raise CorruptError(f"{source}: {problem.place}: {problem.what}; verify and repair the set before it is moved")
     check_store(root, create=True)
     final = root / source.relative_to(store.path)
-    with files.writing(root), writer_lock(store.path), writer_lock(root):
+    with files.writing(root), writer_lock(store.path) as here, writer_lock(root) as there:
         _copy_manifests(Path(store.datasets_folder), root / "datasets", entry, source)
         held = _listing(source)
         if not final.exists():
             arriving = final.with_name(f".arriving-{final.name}")
-            _copy_files(source, arriving, held, advance)
+            _copy_files(source, arriving, held, here.renewing(there.renewing(advance)))
             with suppress(FileNotFoundError):  # another process moved the same set
                 os.rename(arriving, final)
             files.sync_folder(final.parent)

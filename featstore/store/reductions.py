@@ -6,6 +6,7 @@ fitted parameters lie in `reductions/<digest>.safetensors`, named by their conte
 beside the loss that was measured. Arrays added to a set later are described in `reductions/<array>.json`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -135,6 +136,9 @@ def describe(reduction: Reduction) -> dict[str, Any]:
 
 
 def parameters_path(folder: Place, name: str) -> Place:
+    """Where fitted parameters stand, named by their digest; CorruptError for any other name."""
+    if not re.fullmatch("[0-9a-f]+", name):
+        raise CorruptError(f"{folder}: {name!r} names no parameters; do not use a store from this source")
     return folder / "reductions" / f"{name}.safetensors"
 
 

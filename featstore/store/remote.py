@@ -9,10 +9,11 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from featstore.errors import CorruptError, StoreError
 from featstore.objects import PARALLEL, PIECE_BYTES, ObjectPath, ObjectStat, Place, ReplacedError, as_object
 from featstore.store.mapped import MappedRows, _Shard
 from featstore.store.shards import ShardLayout, read_summary
+
+T = TypeVar("T")
 
 CACHE_BYTES = 20 * 10**9
 WHOLE_BYTES = 2**20  # shards up to this size are not worth several requests
@@ -168,14 +171,45 @@ class _Shards:
                 self._known[int(first)] = facts
 
 
+class _StaleMapError(CorruptError):
+    """The cache's file of a shard was damaged since it came, and is forgotten."""
+
+    def __init__(self, number: int, error: CorruptError) -> None:
+        super().__init__(str(error))
+        self.number = number
+
+
 class _CachedRows(MappedRows):
-    """Maps the cached files of shards; they are fetched when they are first opened."""
+    """Maps the cached files of shards; they are fetched, and checked, when they are first opened.
+
+    What checksums or sizes later say against such a file speaks against this machine's disk, not against the bucket:
+    `retried` reads on from a fresh one.
+    """
 
     def __init__(self, path: ObjectPath, layout: ShardLayout, num_rows: int, shards: _Shards, cache: ObjectCache):
         super().__init__(Path(), layout, num_rows)
         place: Any = path  # what messages name
         self.path = place
         self.home, self.shards, self.cache = path, shards, cache
+        self._tags: dict[int, str] = {}  # of the shards opened
+
+    def retried(self, read: Callable[[], T]) -> T:
+        """What `read` gives, begun again each time that the cache's file of another shard proves damaged.
+
+        Raises:
+            CorruptError: a file was damaged again as soon as it came.
+        """
+        seen: set[int] = set()
+        while True:
+            try:
+                return read()
+            except _StaleMapError as error:
+                if error.number in seen:
+                    raise CorruptError(
+                        f"{self.object(error.number)}: its copy in the read cache was damaged twice, and came whole "
+                        f"both times; check the disk of {self.cache.folder}, or set XDG_CACHE_HOME to another one"
+                    ) from error
+                seen.add(error.number)
 
     def is_here(self, number: int, e_tag: str) -> bool:
         """Whether this shard can be read without the bucket."""
@@ -211,6 +245,7 @@ class _CachedRows(MappedRows):
             facts = self.facts(number)
             try:
                 path = self.cache.fetch(self.object(number), facts, lambda new: self._check(new, number))
+                self._tags[number] = facts.e_tag or ""
                 try:
                     return _Shard(path, self.layout, -(-num_rows // self.chunk_rows))
                 except CorruptError:  # checked when it came, so it is the cache's file that was damaged since
@@ -222,6 +257,27 @@ class _CachedRows(MappedRows):
                 if last_try:
                     raise
         raise AssertionError("unreachable: the last try returns or raises")
+
+    def _verify(self, shard: _Shard, number: int, chunks: Sequence[int]) -> None:
+        try:
+            super()._verify(shard, number, chunks)
+        except CorruptError as error:
+            raise self._forgotten(number, error, shard) from error
+
+    def _truncated(self, number: int) -> CorruptError:
+        return self._forgotten(number, super()._truncated(number), self._opened.shards.get(number))
+
+    def _forgotten(self, number: int, error: CorruptError, damaged: _Shard | None) -> _StaleMapError:
+        with self._lock:
+            if damaged is not None and self._opened.shards.get(number) is damaged:
+                others = {other: shard for other, shard in self._opened.shards.items() if other != number}
+                self._opened = self._snapshot(others)
+            held = self.cache.find(self.object(number), self._tags[number])
+            with contextlib.suppress(FileNotFoundError):
+                # Unless another thread or process put a new one there.
+                if held and damaged is not None and os.path.samestat(held.stat(), os.fstat(damaged.descriptor)):
+                    held.unlink()
+        return _StaleMapError(number, error)
 
     def _check(self, path: Path, number: int) -> None:
         layout = self.layout
@@ -264,12 +320,12 @@ class RemoteRows:
             chunks = len(np.unique(rows[shard_of == shard] // self.chunk_rows))
             (whole if self._want_whole(shard, chunks) else parts).append(shard)
         if not parts:
-            return self._local.gather(rows, out, verify)
+            return self._local.retried(lambda: self._local.gather(rows, out, verify))
         if out is None:
             out = np.empty((len(rows), *self.layout.row_shape), self.dtype)
         if whole:
             positions = np.flatnonzero(np.isin(shard_of, whole))
-            out[positions] = self._local.gather(rows[positions], None, verify)
+            out[positions] = self._local.retried(lambda: self._local.gather(rows[positions], None, verify))
         for shard in parts:
             positions = np.flatnonzero(shard_of == shard)
             out[positions] = self._fetch_rows(shard, rows[positions] - shard * self.shard_rows)
@@ -283,7 +339,7 @@ class RemoteRows:
             part = out[low - start : high - start]
             chunks = (high - 1 - base) // self.chunk_rows + 1 - (low - base) // self.chunk_rows
             if self._want_whole(shard, chunks):
-                self._local.read(low, high, part, verify)
+                self._local.retried(partial(self._local.read, low, high, part, verify))
             else:
                 part[...] = self._fetch_rows(shard, np.arange(low - base, high - base))
 
@@ -293,7 +349,7 @@ class RemoteRows:
         here = [shard for shard in np.unique(shard_of).tolist() if self._local.is_here(shard, self._tag(shard))]
         inside = np.isin(shard_of, here)
         if inside.any():
-            self._local.prefetch(rows[inside])
+            self._local.retried(lambda: self._local.prefetch(rows[inside]))
 
     def _tag(self, shard: int) -> str:
         return self._local.facts(shard).e_tag or ""

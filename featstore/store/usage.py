@@ -1,6 +1,7 @@
 """What takes the space in a store: every file counted once, under the set, array or manifest that it belongs to."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -9,6 +10,7 @@ from featstore.errors import UnknownNameError
 from featstore.objects import Place
 
 SECTOR = 512  # unit of st_blocks, whatever the file system's own block is
+PACKED = re.compile(r"c\.\d")  # how names of compressed shards begin
 
 
 @dataclass(slots=True)
@@ -75,7 +77,9 @@ def _belongs(parts: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _array(parts: tuple[str, ...]) -> str:
-    """`array cls` for its shards; every zarr.json counts as metadata."""
+    """`array cls` for its shards, raw or compressed; every zarr.json counts as metadata."""
+    if PACKED.match(parts[-1]):
+        return f"array {'/'.join(parts[:-1])}"
     if parts[-1] == "zarr.json" or "c" not in parts:
         return "array metadata"
     return f"array {'/'.join(parts[: parts.index('c')])}"

@@ -27,7 +27,7 @@ PIECE_BYTES = 16 * 2**20  # values are looked at in pieces of this size, one for
 THREADS = min(4, os.cpu_count() or 1)  # waiting for the disk and looking at values overlap; checksums hold the GIL
 SEALED = (
     *("spec.json", "ledger/*.json", "rows/*.json", "runs/*.json", "commits/*/*.json"),
-    *("reductions/*.json", "compact.zarr/*.json", "archive.json"),
+    *("reductions/*.json", "compact.zarr/*.json", "archive.json", "archiving.json"),
 )
 
 
@@ -210,7 +210,13 @@ def _verify_folder(folder: Place, known: _Manifests, deep: bool, advance: Callab
         if what:
             problems.append(Problem(shard.place(what), what, shard.group, shard.commit.block))
     problems += _check_mappings(folder, spec, book, known)
-    problems += _check_extras(folder, spec, book, deep)
+
+    def tell(num_bytes: int) -> None:
+        nonlocal total
+        total += num_bytes
+        advance(num_bytes)
+
+    problems += _check_extras(folder, spec, book, deep, tell)
     if deep:
         problems += _check_seals(folder)
     return Verdict(name, count, total, problems, folder, _leftovers(folder, shards) if deep else [])
@@ -352,7 +358,8 @@ def _check_values(shard: _Shard, reader: ShardedArray) -> str:
     start, end = shard.rows
     for first in range(start, end, step):
         stop = min(first + step, end)
-        values = reader.read(first, stop).reshape(stop - first, -1)
+        # A bucket is read through the local cache, whose damage must not count as the bucket's.
+        values = reader.read(first, stop, verify=not isinstance(reader.path, os.PathLike)).reshape(stop - first, -1)
         failed = np.isin(np.arange(first, stop), list(shard.commit.failed))
         zero = ~values.any(1)
         if shard.array.dtype == "int8":
@@ -397,7 +404,9 @@ def _check_mappings(folder: Place, spec: dict[str, Any], book: ledger.Ledger, kn
             yield Problem(f"rows/{segment.manifest}.parquet", what)
 
 
-def _check_extras(folder: Place, spec: dict[str, Any], book: ledger.Ledger, deep: bool) -> Iterator[Problem]:
+def _check_extras(
+    folder: Place, spec: dict[str, Any], book: ledger.Ledger, deep: bool, advance: Callable[[int], None]
+) -> Iterator[Problem]:
     """Parameters of reductions, compact copies, archives."""
     from featstore.store.archive import damaged_shards
     from featstore.store.compact import check_copies
@@ -413,7 +422,7 @@ def _check_extras(folder: Place, spec: dict[str, Any], book: ledger.Ledger, deep
     for place, what in check_copies(folder, deep=deep):
         yield Problem(place, f"{what}; --repair removes this copy, `featstore compact` makes it again", rewrite=True)
     try:
-        for place, what, group, block in damaged_shards(folder, deep=deep):
+        for place, what, group, block in damaged_shards(folder, deep=deep, advance=advance):
             yield Problem(place, what, group, block)
     except OSError as error:
         yield Problem("archive.json", str(error))
@@ -472,6 +481,20 @@ def repair_set(verdict: Verdict) -> Repair:
                 ledger.seal_rows(folder / item.place)
             elif item.place.startswith("compact.zarr/"):
                 remove_copy(folder, item.place.removeprefix("compact.zarr/"))
+        size = int(spec["layout"]["block_rows"])
+        blocks = [item for item in blocks if _is_still_damaged(folder, book, size, *item)]
         for group, block in blocks:
-            commits.take_back(folder, group, book.groups[group], block, int(spec["layout"]["block_rows"]))
+            commits.take_back(folder, group, book.groups[group], block, size, archived=True)
     return Repair(len(blocks), len(rewrite), left)
+
+
+def _is_still_damaged(folder: Place, book: ledger.Ledger, size: int, group: str, block: int) -> bool:
+    """Looked at once more: what verify saw may have been committed anew since."""
+    ranges = {number: (start, stop) for number, start, stop in book.blocks(size)}
+    arrays = book.groups[group]
+    found = _read_marker(folder, (group, arrays), block, ranges, size)
+    if found is None or isinstance(found, Problem) or (folder / "archive.json").is_file():
+        return found is not None
+    readers = {array.name: ShardedArray(folder / "data.zarr" / array.name) for array in arrays}
+    shards = _shards_of(arrays, found, group, size)
+    return any(_check_shard(folder, shard, readers[shard.array.name], True)[0] for shard in shards)
