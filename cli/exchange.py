@@ -1,5 +1,6 @@
 """`featstore import, export, merge, diff, recheck, explain`: sets in, out, and beside each other."""
 
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ import typer
 
 from cli import show
 from cli.extract import JsonOption, StoreOption
-from cli.operations import open_home, print_facts
+from cli.operations import ManifestOption, existing_home, open_home, print_facts
 from featstore.errors import ConfigError, CorruptError, ManifestError
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def export(
         typer.Option("--salt", help="with --deidentify: file whose bytes make the pseudonyms, so that exports agree"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace files that exist")] = False,
+    manifest: ManifestOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -98,6 +100,8 @@ def export(
     """
     from featstore.store.export import ExportConfig, export_features, new_salt
 
+    if re.match(r"[a-z0-9]+:/", str(file)):
+        raise ConfigError(f"export writes to local disks, got {str(file)!r}; copy the file from there")
     if salt is not None and not deidentify:
         raise ConfigError("--salt makes pseudonyms, which only --deidentify asks for; add it or leave --salt out")
     key = None
@@ -111,7 +115,7 @@ def export(
         salt=key,
         force=force,
     )
-    opened = open_home(store).set(name)
+    opened = open_home(store).set(name, manifest=manifest)
     with show.progress(f"export {opened.name}", len(opened), "rows") as advance:
         done = export_features(opened, file, config, advance=advance)
     if json:
@@ -141,13 +145,12 @@ def merge(
     that both have are compared; nothing that is committed here ever changes. A merge that was killed goes on when run
     again.
     """
-    from featstore.store.catalog import open_store
     from featstore.store.layout import store_path
     from featstore.store.locks import writer_lock
     from featstore.store.merge import merge as merge_sets
     from featstore.store.merge import num_blocks
 
-    home, target = open_store(source), store_path(store)
+    home, target = existing_home(source), store_path(store)
     with writer_lock(target), show.progress("merge", num_blocks(home, names or []), "blocks") as advance:
         results = merge_sets(home, target, names or [], keep=keep, advance=advance)
     if json:
@@ -180,6 +183,7 @@ def diff(
     other: Annotated[
         str | None, typer.Option("--other", help="store in which the second set is; default for it: the same name")
     ] = None,
+    manifest: ManifestOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -194,8 +198,8 @@ def diff(
 
     if second is None and other is None:
         raise ConfigError("diff needs a second set, or --other STORE with the same set in another store")
-    a = open_home(store).set(first)
-    b = (open_home(other) if other is not None else open_home(store)).set(second or first)
+    a = open_home(store).set(first, manifest=manifest)
+    b = (open_home(other) if other is not None else open_home(store)).set(second or first, manifest=manifest)
     with show.progress("diff", len(a) * len(a.arrays), "rows") as advance:
         found = diff_sets(a, b, advance=advance)
     if json:
@@ -246,6 +250,7 @@ def recheck(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1")] = "auto",
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="images per forward pass")] = None,
+    manifest: ManifestOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -262,7 +267,7 @@ def recheck(
     from featstore.objects import as_object
 
     home = open_home(store)
-    opened = home.set(name)
+    opened = home.set(name, manifest=manifest)
     if weights is not None and str(weights) == function_of(opened.spec):
         sys.path.append(str(Path.cwd()))  # so that `module:function` finds a module beside the user
     cache = (home.path if as_object(home.path) is None else files.user_cache()) / "cache" / "weights.json"

@@ -267,6 +267,22 @@ def require_cold(path: Path) -> None:
     pytest.skip("this file system keeps its files in memory")
 
 
+def test_speed_without_checked_shapes() -> None:
+    """The tests of `TestSpeed` in a process of their own: checks of every annotation cost more than a gather."""
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=-q --strict-markers", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, f"{__file__}::TestSpeed"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, "MEASURE_SPEED": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout or "[100%]" in done.stdout
+
+
+@pytest.mark.skipif("MEASURE_SPEED" not in os.environ, reason="measured in a process without checked shapes")
 class TestSpeed:
     """Half of the floors of `benchmarks/bench_store.py`: medians of interleaved pairs, bad rounds measured again."""
 

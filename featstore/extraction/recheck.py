@@ -81,8 +81,8 @@ def recheck(
         WeightsError: the weights found are not those of the set.
         MissingWeightsError: they are not on this machine.
     """
-    if rows < 1:
-        raise ConfigError(f"--rows must be at least 1, got {rows}")
+    if rows < 1 or seed < 0:
+        raise ConfigError(f"--rows must be at least 1 and --seed at least 0, got {rows} and {seed}")
     source = find_backbone(features.spec, weights, digest_cache)
     spec = preprocessing(features.spec["identity"]["preprocess"])
     arrays = {name: features.array(name) for name in features.arrays}
