@@ -279,7 +279,9 @@ def test_speed_without_checked_shapes() -> None:
         env={**os.environ, "MEASURE_SPEED": "1"},
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout or "[100%]" in done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)  # the cold ones are skipped on file systems in memory
+    assert passed is not None, done.stdout
+    assert int(passed[1]) >= 5, done.stdout
 
 
 @pytest.mark.skipif("MEASURE_SPEED" not in os.environ, reason="measured in a process without checked shapes")
