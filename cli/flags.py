@@ -15,12 +15,13 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     # A switch that is off by default has no --no- form: there is nothing it could undo.
     # All names are written out, because releases of typer differ in whether they keep capitals.
     flag = f"--{name}/--no-{name}" if base is bool and field.default is not False else f"--{name}"
-    required = field.default is dataclasses.MISSING
-    option = typer.Option(flag, help=text, show_default=field.default not in (None, "") and field.default is not False)
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    required = default is dataclasses.MISSING
+    option = typer.Option(flag, help=text, show_default=default not in (None, "", []) and default is not False)
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if required else field.default,
+        default=inspect.Parameter.empty if required else default,
         annotation=Annotated[base, option],
     )
 

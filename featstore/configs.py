@@ -4,7 +4,7 @@ They are validated when made, written whole into run files and records, and hold
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,11 @@ Fit = Literal["nearest", "floor", "tokens", "strict"]
 Attention = Literal["sdpa", "eager"]
 StoredDtype = Literal["float16", "float32", "bfloat16"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+DicomMode = Literal["standard", "raw_minmax", "xrv"]
+DecodeMode = Literal["full", "scaled"]
+Frames = Literal["first", "all"]
+WorkerType = Literal["thread", "process"]
 
 TOKENS = ("cls", "mean_patch", "registers", "patches")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -126,6 +131,18 @@ class SetConfig:
     compute_dtype: Annotated[
         ComputeDtype, "auto: bfloat16 on a GPU that has it, else float32; fixed when the set is created"
     ] = "auto"
+    intensity: Annotated[
+        str, "values to grey levels: native, minmax, percentile:1-99, window:40/400, ... (`featstore intensities`)"
+    ] = "native"
+    dicom_mode: Annotated[
+        DicomMode, "DICOM: standard (modality LUT, window, MONOCHROME1), raw_minmax (stored values), xrv"
+    ] = "standard"
+    decode: Annotated[DecodeMode, "full, or scaled: large JPEGs at 1/2, 1/4, 1/8, at least twice the size asked"] = (
+        "full"
+    )
+    published: Annotated[
+        str | None, "intensity, geometry and normalisation as a paper has them (`featstore intensities` lists them)"
+    ] = None
     name: Annotated[str | None, "model part of the set's name; default: the backbone's name"] = None
     block_rows: Annotated[int | None, "rows per commit (a power of two) of a new set; default: from size and cost"] = (
         None
@@ -154,6 +171,11 @@ class RunConfig:
     device: Annotated[str, "auto, cpu, cuda or cuda:1"] = "auto"
     batch_size: Annotated[int | None, "images per forward pass; default: from the token count"] = None
     workers: Annotated[int | None, "threads that read and decode; default: one per core"] = None
+    worker_type: Annotated[WorkerType, "thread, or process: survives a decoder that crashes or hangs"] = "thread"
+    decoded_cache: Annotated[
+        bool, "keep the resized images in the store, so that the next model at this size decodes nothing"
+    ] = False
+    stage: Annotated[Path | None, "copy input files to this folder on a local disk and read them from there"] = None
     attention: Annotated[Attention, "attention kernel: sdpa (memory-efficient) or eager"] = "sdpa"
     max_bytes: Annotated[str, "stop and ask for --yes beyond this much new data"] = "100GB"
     max_failed: Annotated[str, "stop when more than this share of the images cannot be decoded: 1% or 0.01"] = "100%"
@@ -186,6 +208,14 @@ class RegisterConfig:
     split_column: Annotated[str | None, "column with train, val, test; default: split 70/10/20 by group, seeded"] = None
     mask_column: Annotated[str | None, "column of mask paths, relative to ROOT"] = None
     split_seed: Annotated[int, "seed of the split where the source has none"] = 0
+    frames: Annotated[
+        Frames | None,
+        "table, folder: first picture of a file, or all of them as samples; default: all of a volume, else the first",
+    ] = None
+    option: Annotated[list[str], "an adapter's own choice, KEY=VALUE; repeatable (`featstore datasets NAME`)"] = field(
+        default_factory=list
+    )
+    hash: Annotated[bool, "also hash every file now (reads all bytes): finds duplicates before extraction does"] = False
     allow_missing: Annotated[bool, "keep rows whose file is missing; extraction marks them failed"] = False
 
     def options(self, adapter: str) -> dict[str, Any]:

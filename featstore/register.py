@@ -4,7 +4,7 @@ from pathlib import Path
 
 from featstore import files
 from featstore.configs import RegisterConfig
-from featstore.datasets import GENERATED, choose_adapter, manifest, read_source
+from featstore.datasets import GENERATED, choose_adapter, manifest, parse_options, read_source
 from featstore.datasets.manifest import Manifest
 from featstore.errors import ConfigError, ManifestError, UnknownNameError
 from featstore.objects import Place, as_object
@@ -30,7 +30,7 @@ def register(
             )
         # Images lie on a disk, also where what is made of them does not.
         root = (store.path if as_object(store.path) is None else files.user_cache()) / "generated" / name
-    options = config.options(adapter)
+    options = {**config.options(adapter), **parse_options(adapter, config.option)}
     check_store(store.path, create=True)
     source = read_source(adapter, root, **options)
     doubted = manifest.earlier_ids(store.datasets_folder, name)

@@ -5,7 +5,7 @@ No split ever has two roles.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,84 +17,13 @@ from featstore.datasets.manifest import Manifest
 from featstore.datasets.splits import carve
 from featstore.errors import LeakError, TaskError, UnknownNameError
 from featstore.store.features import FeatureSet
+from probes.known import TASKS
+from probes.policies import Policy
+from probes.taskspec import TaskSpec
 
 Kind = Literal["multilabel", "multiclass"]
-Uncertain = Literal["mask", "zero", "one"]
 SPLITS = ("train", "val", "test")
 MAX_CLASSES = 1000
-
-CHEXPERT_5 = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
-CHEXPERT_14 = (
-    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
-    "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
-)  # fmt: skip
-NIH_14 = (
-    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
-    "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Policy:
-    """What the values 1, 0, -1 and blank of a label column mean.
-
-    `uncertain` (value -1) is masked, 0 or 1; `overrides` says so for single labels; `blank` is masked or 0.
-    """
-
-    uncertain: Uncertain = "mask"
-    blank: Literal["mask", "zero"] = "mask"
-    overrides: tuple[tuple[str, Uncertain], ...] = ()
-
-
-# Uncertain -> one for atelectasis, edema and effusion, zero for the others (protocols of MGCA; U-Ones/U-Zeros mixed).
-MIXED = Policy(
-    uncertain="zero",
-    blank="zero",
-    overrides=(("Atelectasis", "one"), ("Edema", "one"), ("Pleural Effusion", "one")),
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TaskSpec:
-    """A task by name; independent of any store.
-
-    `where` keeps rows whose column has one of the values. `selection` says where validation rows come from: the
-    official split, or a seeded share of the training groups (then an official validation split may be the test split).
-    """
-
-    name: str
-    labels: tuple[str, ...]
-    train_policy: Policy = Policy()
-    eval_policy: Policy = Policy()
-    where: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    selection: Literal["official", "carve"] = "official"
-    seed: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-FRONTAL = (("Frontal/Lateral", ("Frontal",)),)
-TASKS = {
-    "chexpert-5": TaskSpec(
-        name="chexpert-5",
-        labels=CHEXPERT_5,
-        train_policy=MIXED,
-        eval_policy=Policy(blank="zero"),
-        where=FRONTAL,
-        selection="carve",
-    ),
-    "chexpert-14": TaskSpec(
-        name="chexpert-14",
-        labels=CHEXPERT_14,
-        train_policy=MIXED,
-        eval_policy=Policy(blank="zero"),
-        where=FRONTAL,
-        selection="carve",
-    ),
-    "nih-14": TaskSpec(name="nih-14", labels=NIH_14),
-    "nih-15": TaskSpec(name="nih-15", labels=(*NIH_14, "No Finding")),
-}
 
 
 def parse_where(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -146,18 +146,19 @@ def test_retry_failed_computes_mended_blocks_again(
 ) -> None:
     from featstore.errors import DecodeError
     from featstore.extraction import loader
+    from featstore.images.decoded import Opened
 
-    real = loader.decode
+    real = loader.open_bytes
     broken = (pictures / "images/00020.png").read_bytes()
 
-    def decode(data: bytes) -> np.ndarray:
+    def open_bytes(data: bytes, path: Path | None) -> Opened:
         if data == broken:
             raise DecodeError("no decoder for this yet")
-        return real(data)
+        return real(data, path)
 
-    monkeypatch.setattr(loader, "decode", decode)
+    monkeypatch.setattr(loader, "open_bytes", open_bytes)
     assert run(store_path).failed == 1
-    monkeypatch.setattr(loader, "decode", real)
+    monkeypatch.setattr(loader, "open_bytes", real)
     assert run(store_path).computed == 0
     again = run(store_path, settings=RunConfig(batch_size=8, device="cpu", retry_failed=True))
     assert (again.computed, again.failed) == (16, 0)

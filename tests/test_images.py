@@ -220,7 +220,7 @@ def test_no_image() -> None:
         decode(b"")
     for data in (b"hello, no image", b"\x89PN", b"%PDF-1.7", gzip.compress(b"text"), b"\x1f\x8bbroken", b"\0" * 500):
         with pytest.raises(
-            DecodeError, match=r"not an image file of a known kind \(PNG, JPEG, TIFF, WebP, GIF, BMP, PNM\)"
+            DecodeError, match=r"not an image file of a known kind \(BMP, DICOM, GIF, HDF5, .*, video\)"
         ):
             decode(data)
 
@@ -235,7 +235,7 @@ def test_dicom_is_named() -> None:
     big = b"\0\x08\0\x05CS\0\x0aISO_IR 100"
     implicit = b"\x08\0\x05\0\x0a\0\0\0ISO_IR 100"
     for data in (bytes(128) + b"DICM" + elements, b"II*\0" + bytes(124) + b"DICM" + elements, elements, big, implicit):
-        with pytest.raises(DecodeError, match="a DICOM file and no raster image; it needs the DICOM decoder"):
+        with pytest.raises(DecodeError, match="a DICOM file and no raster image"):
             decode(data)
 
 
@@ -244,7 +244,7 @@ def test_nifti_is_named(order: Literal["<", ">"]) -> None:
     first = struct.pack(order + "i", 348) + bytes(340) + b"n+1\0" + bytes(100)
     second = struct.pack(order + "i", 540) + b"n+2\0\r\n\x1a\n" + bytes(600)
     for data in (first, second, gzip.compress(first), gzip.compress(second)):
-        with pytest.raises(DecodeError, match="a NIfTI volume and no raster image; it needs the NIfTI decoder"):
+        with pytest.raises(DecodeError, match="a NIfTI file and no raster image"):
             decode(data)
 
 

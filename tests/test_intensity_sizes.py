@@ -8,6 +8,7 @@ from image_files import smooth
 
 from featstore.errors import ConfigError
 from featstore.images import fit_size, parse_resolution
+from featstore.images.decoded import Decoded
 from featstore.images.intensity import INTENSITIES, to_byte_range
 
 # Intensity
@@ -15,27 +16,27 @@ from featstore.images.intensity import INTENSITIES, to_byte_range
 
 def test_native_leaves_8_bits_alone() -> None:
     image = smooth()
-    assert to_byte_range(image, "native") is image
+    assert to_byte_range(Decoded(image), "native") is image
 
 
 @pytest.mark.parametrize("rule", ["native", "minmax"])
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 def test_deep_images_span_0_to_255(rule: str, dtype: type) -> None:
     image: np.ndarray = np.array([[7, 107], [57, 207]], dtype)
-    scaled = to_byte_range(image, rule)
+    scaled = to_byte_range(Decoded(image), rule)
     assert scaled.dtype == np.float32
     np.testing.assert_allclose(scaled, [[0, 127.5], [63.75, 255]], rtol=1e-6)
 
 
 def test_minmax_also_spreads_8_bits_over_all_channels_together() -> None:
     image = np.array([[[10, 20, 30]], [[60, 20, 10]]], np.uint8)
-    np.testing.assert_allclose(to_byte_range(image, "minmax"), (image.astype(float) - 10) * 5.1, rtol=1e-6)
+    np.testing.assert_allclose(to_byte_range(Decoded(image), "minmax"), (image.astype(float) - 10) * 5.1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("rule", sorted(INTENSITIES))
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 def test_constant_images_become_black(rule: str, dtype: type) -> None:
-    np.testing.assert_array_equal(to_byte_range(np.full((3, 4), 77, dtype), rule), np.zeros((3, 4)))
+    np.testing.assert_array_equal(to_byte_range(Decoded(np.full((3, 4), 77, dtype)), rule), np.zeros((3, 4)))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_constant_images_become_black(rule: str, dtype: type) -> None:
     ],
 )
 def test_extreme_ranges_stay_in_range(image: np.ndarray) -> None:
-    scaled = to_byte_range(image, "native")
+    scaled = to_byte_range(Decoded(image), "native")
     assert scaled.min() == 0
     assert scaled.max() == 255
     exact = (

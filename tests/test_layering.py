@@ -94,7 +94,7 @@ def test_the_bottom_rests_on_nothing_else(module: str, allowed: set[str]) -> Non
 @pytest.mark.parametrize(
     ("package", "forbidden"),
     [
-        ("datasets", ("images", "backbones", "store", "extraction", "register")),
+        ("datasets", ("backbones", "store", "extraction", "register")),
         ("images", ("datasets", "backbones", "store", "extraction", "register")),
         ("backbones", ("datasets", "store", "extraction", "register")),
         ("store", ("images", "backbones", "extraction", "register")),

@@ -24,6 +24,7 @@ from featstore.datasets.manifest import (
 )
 from featstore.datasets.source import RESERVED, Source
 from featstore.errors import ManifestError, UnknownNameError
+from featstore.inputs import Inputs
 
 
 def make_source(root: Path, names: list[str], *, write: bool = True, **columns: Any) -> Source:
@@ -332,7 +333,7 @@ def test_a_file_that_comes_back_is_hashed(folder: Folder) -> None:
 
 def test_new_samples_are_not_read(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.register("a")
-    monkeypatch.setattr(manifests, "_hash_file", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(Inputs, "hash", lambda self, path: pytest.fail(f"{path} was read"))
     assert folder.register("a", "b").column("content") == [None, None]
 
 

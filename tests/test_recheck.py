@@ -132,13 +132,14 @@ def test_changed_images_are_told_as_such(tmp_path: Path) -> None:
 def test_bytes_that_do_not_decode_any_more_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from featstore.errors import DecodeError
     from featstore.extraction import loader
+    from featstore.images.decoded import Opened
 
     make(tmp_path / "store", tmp_path / "data", count=4)
 
-    def refuse(data: bytes) -> np.ndarray:
+    def refuse(data: bytes, path: Path) -> Opened:
         raise DecodeError("not today")
 
-    monkeypatch.setattr(loader, "decode", refuse)
+    monkeypatch.setattr(loader, "open_bytes", refuse)
     found = check(tmp_path / "store")
     assert set(found.changed.values()) == {"the same bytes cannot be decoded any more: not today"}
     assert len(found.changed) == 4

@@ -22,19 +22,12 @@ from featstore.errors import CorruptError, LeakError, StoreError, TaskError, Unk
 from featstore.register import register
 from featstore.store.features import FeatureSet
 from featstore.store.importer import import_features
+from probes.known import TASKS
+from probes.known.chest import CHEXPERT_5
+from probes.policies import Policy
 from probes.records import load_predictions, load_records, prediction_columns, save_record
-from probes.tasks import (
-    CHEXPERT_5,
-    TASKS,
-    Policy,
-    TaskSpec,
-    assign_roles,
-    choose_task,
-    crossing_groups,
-    make_task,
-    parse_where,
-    read_labels,
-)
+from probes.tasks import assign_roles, choose_task, crossing_groups, make_task, parse_where, read_labels
+from probes.taskspec import TaskSpec
 
 MakeSet = Callable[..., FeatureSet]
 

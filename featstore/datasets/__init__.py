@@ -1,11 +1,15 @@
 """Data set families: folder layout -> manifest. A new family is one file here and one line in DATASETS."""
 
+import inspect
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 from featstore.datasets.source import Source
-from featstore.errors import ManifestError, UnknownNameError
+from featstore.errors import ConfigError, ManifestError, UnknownNameError
 
 # name -> function(root, **options) -> Source
 DATASETS = {
@@ -18,6 +22,11 @@ DATASETS = {
 }
 # These write their own images, so `register NAME` needs no root.
 GENERATED = ("digits", "phantom")
+# Parameters of adapters that have a flag of their own.
+FLAGS = (
+    "table", "path_column", "id_column", "label_columns", "group_column", "split_column", "mask_column",
+    "study_column", "seed", "frames",
+)  # fmt: skip
 
 
 def choose_adapter(name: str, adapter: str | None, table: Path | None) -> str:
@@ -31,6 +40,47 @@ def choose_adapter(name: str, adapter: str | None, table: Path | None) -> str:
     if adapter not in DATASETS:
         raise UnknownNameError(f"unknown adapter {adapter!r}; known: {', '.join(sorted(DATASETS))}")
     return adapter
+
+
+def parse_options(adapter: str, texts: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE texts as keyword arguments of an adapter, converted to the types that its function declares.
+
+    An option is a keyword-only parameter whose type is str, int, float, bool, or a Literal of texts, or one of these
+    and None. A dash in KEY is an underscore.
+
+    Raises:
+        ConfigError: no KEY=VALUE, a key that the adapter does not know, or a value of another type.
+    """
+    function = resolve_name(DATASETS[adapter])
+    hints = get_type_hints(function)
+    known = [name for name, item in inspect.signature(function).parameters.items() if item.kind is item.KEYWORD_ONLY]
+    known = [name for name in known if name not in FLAGS]
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or key not in known or key in values:
+            has = f"takes {', '.join(known)}" if known else "takes none"
+            raise ConfigError(f"--option is KEY=VALUE, each key once; the adapter {adapter!r} {has}; got {text!r}")
+        values[key] = _convert(adapter, key, value.strip(), hints[key])
+    return values
+
+
+def _convert(adapter: str, key: str, text: str, hint: Any) -> Any:
+    kinds = [kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if kind is not type(None)]
+    for kind in kinds:
+        choices = get_args(kind)
+        if choices:
+            if text in choices:
+                return text
+            raise ConfigError(f"--option {key}: the adapter {adapter!r} knows {', '.join(choices)}; got {text!r}")
+        if kind is bool and text.lower() in ("true", "false", "yes", "no", "1", "0"):
+            return text.lower() in ("true", "yes", "1")
+        if kind is not bool:
+            with suppress(ValueError):
+                return kind(text)
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise ConfigError(f"--option {key}: the adapter {adapter!r} takes {names} there; got {text!r}")
 
 
 def read_source(adapter: str, root: Path, **options: Any) -> Source:

@@ -7,9 +7,7 @@ and the file `current`, which names the digest that commands use unless told oth
 import contextlib
 import hashlib
 import json
-import os
 import re
-import stat
 import tomllib
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -23,8 +21,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from featstore import files
-from featstore.datasets.source import RESERVED, Source, check_inside
+from featstore.datasets.source import RESERVED, Source, check_inside, places_of
 from featstore.errors import ManifestError, UnknownNameError
+from featstore.images.part import parse_part
+from featstore.inputs import Inputs
 from featstore.objects import Place
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ class Manifest:
     def root(self) -> Path:
         """Folder that the samples' paths are relative to."""
         return Path(self.meta["root"])
+
+    def place(self, name: str) -> list[Any]:
+        """A column that says where in its file, volume or slide a sample lies (`PLACES`); None where none was given."""
+        return self.column(name) if name in self.meta.get("places", ()) else [None] * len(self)
 
     def column(self, name: str) -> list[Any]:
         """Python values of one column, null as None."""
@@ -162,23 +166,34 @@ def check_ids(ids: Sequence[str | None]) -> None:
 def stat_files(root: Path, paths: Sequence[str]) -> tuple[list[int], list[int]]:
     """Size in bytes and mtime in ns of each file; MISSING and 0 where there is none (a folder is none)."""
 
+    inputs = Inputs(root)
+
     def one(relative: str) -> tuple[int, int]:
         try:
-            found = os.stat(root / relative)
+            return inputs.stat(relative)
         except (FileNotFoundError, NotADirectoryError):
             return MISSING, 0
-        if stat.S_ISDIR(found.st_mode):
-            return MISSING, 0
-        return found.st_size, found.st_mtime_ns
 
+    names = list(dict.fromkeys(paths))  # the slices of a volume share one file
     with ThreadPoolExecutor(8) as pool:  # network file systems answer many at once
-        pairs = list(pool.map(one, paths, chunksize=512))
+        found = dict(zip(names, pool.map(one, names, chunksize=512)))
+    pairs = [found[path] for path in paths]
     return [size for size, _ in pairs], [mtime for _, mtime in pairs]
 
 
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+def _check_places(table: "pa.Table") -> None:
+    """Parts must parse, and masks have as many parts as paths, where they have any."""
+    places = places_of(table)
+    for column in ("part", "mask_part"):
+        if column in places:
+            for text in set(table.column(column).to_pylist()) - {None}:
+                for piece in text.split("|") if column == "mask_part" else [text]:
+                    parse_part(piece)
+    if "mask_part" not in places:
+        return
+    for masks, parts in zip(table.column("mask_path").to_pylist(), table.column("mask_part").to_pylist()):
+        if parts is not None and (masks or "").count("|") != parts.count("|"):
+            raise ManifestError(f"mask_path and mask_part must name equally many masks, got {masks!r} and {parts!r}")
 
 
 def _contents(root: Path, table: "pa.Table", before: Manifest | None, doubted: Collection[str]) -> "list[str | None]":
@@ -200,9 +215,12 @@ def _contents(root: Path, table: "pa.Table", before: Manifest | None, doubted: C
         result.append(known[2] if known is not None and same else None)
         if size != MISSING and not same and (known is not None or sample in doubted):
             unsure.append(row)
+    inputs = Inputs(root)
+    paths = list(dict.fromkeys(rows[row][3] for row in unsure))
     with ThreadPoolExecutor(8) as pool:
-        for row, content in zip(unsure, pool.map(_hash_file, [root / rows[row][3] for row in unsure])):
-            result[row] = content
+        contents = dict(zip(paths, pool.map(inputs.hash, paths)))
+    for row in unsure:
+        result[row] = contents[rows[row][3]]
     return result
 
 
@@ -234,8 +252,10 @@ def build(
     check_ids(ids)
     if not source.root.is_dir():
         raise ManifestError(f"{source.root}: the root folder of data set {name!r} does not exist")
-    for path in [*paths, *filter(lambda mask: mask is not None, source.table.column("mask_path").to_pylist())]:
+    masks = {path for text in set(source.table.column("mask_path").to_pylist()) - {None} for path in text.split("|")}
+    for path in {*paths, *masks}:
         check_inside(source.root, path)
+    _check_places(source.table)
     sizes, mtimes = stat_files(source.root, paths)
     absent = [path for path, size in zip(paths, sizes) if size == MISSING]
     if absent and not allow_missing:
@@ -252,11 +272,15 @@ def build(
             "mtime_ns": pa.array(mtimes, pa.int64()),
         }
     )
+    places = places_of(source.table)
+    for column in places:
+        table = table.append_column(column, source.table.column(column))
     contents = _contents(source.root, table, before, doubted)
-    table = table.append_column("content", pa.array(contents, pa.string())).select(COLUMNS)
+    table = table.append_column("content", pa.array(contents, pa.string()))
+    table = table.select([*COLUMNS, *places])
     renamed = {}
     for column in source.table.column_names:
-        if column not in RESERVED:
+        if column not in (*RESERVED, *places):
             renamed[column] = f"source_{column}" if column in COLUMNS else column
             if renamed[column] in table.column_names:
                 raise ManifestError(
@@ -273,6 +297,8 @@ def build(
         "groups_known": source.groups_known,
         "notes": list(source.notes),
         "missing": len(absent),
+        **({"places": places} if places else {}),
+        **({"mask_classes": list(source.mask_classes)} if source.mask_classes else {}),
     }
     return Manifest(name=name, table=table.combine_chunks(), digest=table_digest(table), meta=meta)
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 RESERVED = ("id", "path", "group", "study", "split", "mask_path")
+# Only in tables whose samples are parts of files: texts of `featstore.images.part`, the id of the volume or slide (or
+# video) a sample belongs to, and where it lies in it, in slices (z) and in pixels of the finest level (y, x).
+PLACES = ("part", "mask_part", "volume", "z", "y", "x")
+_MARK = {b"featstore": b"place"}
 _SUSPECT = re.compile(r"^$|^/|^[A-Za-z]:|(^|/)\.\.(/|$)|\\|\x00")
 
 
@@ -28,9 +32,12 @@ class Source:
 
     `table` starts with the `RESERVED` columns, all strings: `id` (unique), `path` (relative to `root`, with forward
     slashes), `group` (patient or null), `study` (or null), `split` ("train", "val", "test" or ""), `mask_path` (or
-    null). Every column of the original follows verbatim, blank as null; one whose name is taken is `source_<name>`.
+    null). Several masks of one image stand in one text, joined by "|", as their parts do. Those of `PLACES` that the
+    adapter gives come next (`z`, `y`, `x` are int64, the others strings). Every column of the original follows
+    verbatim, blank as null; one whose name is taken is `source_<name>`.
     `label_columns` are in canonical order. `split_origin` is "official", "table", "none" or says how it was drawn.
-    `notes` hold licence, access and whatever was odd, with counts.
+    `notes` hold licence, access and whatever was odd, with counts. `mask_classes` names the values of the masks from
+    0 (background) on, where they are fixed.
     """
 
     table: "pa.Table"
@@ -42,6 +49,7 @@ class Source:
     split_origin: str
     groups_known: bool
     notes: tuple[str, ...]
+    mask_classes: tuple[str, ...] = ()
 
 
 def build_table(
@@ -49,8 +57,8 @@ def build_table(
 ) -> "pa.Table":
     """The table of a `Source`: reserved columns, the original verbatim, then the `derived` columns.
 
-    `reserved` gives arrays for `id`, `path` and what else of `RESERVED` is known; the rest is null, `split` empty
-    text. An original column named like a reserved or derived one becomes `source_<name>`.
+    `reserved` gives arrays for `id`, `path` and what else of `RESERVED` and `PLACES` is known; the rest of `RESERVED`
+    is null, `split` empty text. An original column named like a reserved or derived one becomes `source_<name>`.
 
     Raises:
         ManifestError: two columns end with one name.
@@ -60,14 +68,24 @@ def build_table(
     derived = derived or {}
     default = {name: pa.nulls(original.num_rows, pa.string()) for name in RESERVED}
     default["split"] = pa.array([""] * original.num_rows, pa.string())
-    taken = {*RESERVED, *derived}
+    places = [name for name in PLACES if name in reserved]
+    taken = {*RESERVED, *places, *derived}
     renamed = [f"source_{name}" if name in taken else name for name in original.column_names]
-    names = [*RESERVED, *renamed, *derived]
+    names = [*RESERVED, *places, *renamed, *derived]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ManifestError(f"columns must have different names, but {twice} would appear twice; rename them")
     first = [reserved.get(name, default[name]) for name in RESERVED]
-    return pa.table([*first, *original.columns, *derived.values()], names=names)
+    first += [reserved[name] for name in places]
+    table = pa.table([*first, *original.columns, *derived.values()], names=names)
+    # A column of the original may be called `x` or `part` too; the mark tells which ones are places.
+    marked = [field.with_metadata(_MARK) if field.name in places else field for field in table.schema]
+    return table.cast(pa.schema(marked))
+
+
+def places_of(table: "pa.Table") -> list[str]:
+    """Those of `PLACES` that the adapter gave."""
+    return [field.name for field in table.schema if (field.metadata or {}).items() >= _MARK.items()]
 
 
 def check_inside(root: Path, relative: str) -> None:

@@ -5,15 +5,18 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from featstore.datasets.manifest import MISSING, Manifest
 from featstore.errors import DecodeError, ManifestError
 from featstore.files import retry
-from featstore.images import PreprocessSpec, decode, preprocess, stack
-from featstore.store.commits import HASH_HEX, RowState
+from featstore.images import PreprocessSpec, preprocess, stack
+from featstore.images.decoded import Opened
+from featstore.images.opening import OpenFiles, open_bytes, open_path
+from featstore.images.part import parse_part
+from featstore.inputs import HASH_HEX, Inputs
+from featstore.store.commits import RowState
 from featstore.store.layout import LEFT
 
 NO_CONTENT = "0" * HASH_HEX
@@ -38,8 +41,19 @@ class Batch:
     states: list[RowState]
 
 
-def load_image(path: Path, size: int, spec: PreprocessSpec) -> tuple[np.ndarray | None, RowState]:
-    """Read, hash, decode and preprocess one file of a manifest.
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Where one sample lies: file below the root, part of it, and the file's size in bytes at registration."""
+
+    path: str
+    part: str | None
+    size: int
+
+
+def load_image(
+    inputs: Inputs, opened: OpenFiles, sample: Sample, spec: PreprocessSpec
+) -> tuple[np.ndarray | None, RowState]:
+    """Read, hash, decode and preprocess one sample of a manifest.
 
     Transient I/O errors are retried three times. What cannot be decoded comes back as None with its reason.
 
@@ -47,19 +61,49 @@ def load_image(path: Path, size: int, spec: PreprocessSpec) -> tuple[np.ndarray 
         ManifestError: the file is gone or has another size than at registration.
         OSError: it cannot be read at all.
     """
-    if size == MISSING:
+    if sample.size == MISSING:
         return None, RowState(NO_CONTENT, "the file was missing at registration")
     try:
-        data = retry(path.read_bytes)
+        content, found = retry(lambda: _open(inputs, opened, sample))
     except FileNotFoundError as error:
-        raise ManifestError(f"{path}: gone since registration; register the data set again") from error
-    if len(data) != size:
-        raise ManifestError(f"{path}: {len(data)} bytes, {size} at registration; register the data set again")
-    content = hashlib.sha256(data).hexdigest()[:HASH_HEX]
+        raise ManifestError(f"{inputs.root / sample.path}: gone since registration; register the data set again") from (
+            error
+        )
     try:
-        return preprocess(decode(data), spec), RowState(content)
+        if isinstance(found, DecodeError):
+            raise found
+        return preprocess(found.pixels(parse_part(sample.part), spec.decoding), spec), RowState(content)
     except DecodeError as error:
         return None, RowState(content, str(error))
+
+
+def _open(inputs: Inputs, opened: OpenFiles, sample: Sample) -> tuple[str, Opened | DecodeError]:
+    """(content hash, the file or why it cannot be opened)."""
+    if sample.part:
+        size, mtime = inputs.stat(sample.path)
+        _check_size(inputs, sample, size)
+        part = parse_part(sample.part)
+        return opened.get(sample.path, (size, mtime), lambda: open_path(inputs, sample.path, part))
+    data = inputs.read(sample.path)
+    _check_size(inputs, sample, len(data))
+    content = hashlib.sha256(data).hexdigest()[:HASH_HEX]
+    try:
+        return content, open_bytes(data, inputs.beside(sample.path))
+    except DecodeError as error:
+        return content, error
+
+
+def _check_size(inputs: Inputs, sample: Sample, size: int) -> None:
+    if size != sample.size:
+        raise ManifestError(
+            f"{inputs.root / sample.path}: {size} bytes, {sample.size} at registration; register the data set again"
+        )
+
+
+def samples_of(manifest: Manifest) -> list[Sample]:
+    """Where every row of a manifest lies."""
+    columns = manifest.column("path"), manifest.place("part"), manifest.column("size")
+    return [Sample(*place) for place in zip(*columns)]
 
 
 class Loader:
@@ -71,9 +115,9 @@ class Loader:
     def __init__(self, manifest: Manifest, spec: PreprocessSpec, jobs: list[Job], *, workers: int):
         self.spec = spec
         self.jobs = jobs
-        self._root = manifest.root
-        self._paths = manifest.column("path")
-        self._sizes = manifest.column("size")
+        self._inputs = Inputs(manifest.root)
+        self._opened = OpenFiles()
+        self._samples = samples_of(manifest)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def __enter__(self) -> "Loader":
@@ -81,6 +125,7 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._opened.close()
 
     def __iter__(self) -> Iterator[Batch]:
         waiting: deque[tuple[Job, list[Future[tuple[np.ndarray | None, RowState]]]]] = deque()
@@ -99,4 +144,4 @@ class Loader:
             done: Future[tuple[np.ndarray | None, RowState]] = Future()
             done.set_result((None, RowState(NO_CONTENT, LEFT)))
             return done
-        return self._pool.submit(load_image, self._root / self._paths[row], self._sizes[row], self.spec)
+        return self._pool.submit(load_image, self._inputs, self._opened, self._samples[row], self.spec)

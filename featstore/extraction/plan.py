@@ -211,6 +211,9 @@ def make_plan(
         mean=() if published else source.architecture.mean,
         std=() if published else source.architecture.std,
         processor=source.processor if published else None,
+        intensity=config.intensity,
+        dicom_mode=config.dicom_mode,
+        decode=config.decode,
     )
     identity = {
         "weights": source.weights["digest"],

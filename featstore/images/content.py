@@ -14,27 +14,35 @@ MAGIC = {
     "BMP": rb"BM",
     "PNM": rb"P[1-6f]\s",
 }
+OTHERS = {  # decoded elsewhere than in `raster`
+    "HDF5": rb"(?:.{512})?\x89HDF\r\n\x1a\n",  # a MATLAB 7.3 file is one behind 512 bytes of its own
+    "MATLAB": rb"MATLAB 5\.0 MAT-file",
+    "MetaImage": rb"\s*(?:ObjectType|NDims)\s*=",
+    "NPY": rb"\x93NUMPY",
+    "NPZ": rb"PK\x03\x04",
+    "video": rb".{4}ftyp|RIFF....AVI |\x1a\x45\xdf\xa3|\0\0\x01\xba",
+}
 # Without the 128 free bytes DICOM starts with an element of group 2 or 8: its number, then its type or its length.
 _BARE_DICOM = rb"[\x02\x08]\0.\0(?:[A-Z]{2}|..\0\0)|\0[\x02\x08]\0.[A-Z]{2}"
 _NIFTI_MARKS = {348: (344, (b"n+1\0", b"ni1\0")), 540: (4, (b"n+2\0", b"ni2\0"))}  # by header size: place and forms
 
 
 def recognise(data: bytes) -> str:
-    """The kind of image file, a key of `MAGIC`.
+    """The kind of image file: a key of `MAGIC` or of `OTHERS`, "DICOM" or "NIfTI"; the first 1024 bytes are enough.
 
     Raises:
-        DecodeError: an empty file, DICOM or NIfTI, or no known kind.
+        DecodeError: an empty file, or no known kind.
     """
     if not data:
         raise DecodeError("the file is empty")
     if data[128:132] == b"DICM" or re.match(_BARE_DICOM, data, re.DOTALL):  # first: the free bytes may hold TIFF's mark
-        raise DecodeError("this is a DICOM file and no raster image; it needs the DICOM decoder")
+        return "DICOM"
     if _is_nifti(data):
-        raise DecodeError("this is a NIfTI volume and no raster image; it needs the NIfTI decoder")
-    for kind, magic in MAGIC.items():
+        return "NIfTI"
+    for kind, magic in (MAGIC | OTHERS).items():
         if re.match(magic, data, re.DOTALL):
             return kind
-    raise DecodeError(f"not an image file of a known kind ({', '.join(MAGIC)})")
+    raise DecodeError(f"not an image file of a known kind ({', '.join(sorted((*MAGIC, *OTHERS, 'DICOM', 'NIfTI')))})")
 
 
 def _is_nifti(data: bytes) -> bool:

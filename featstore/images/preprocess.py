@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 
-from featstore.configs import Geometry
+from featstore.configs import DecodeMode, DicomMode, Geometry
 from featstore.errors import ConfigError
+from featstore.images.decoded import Decoded, DecodeOptions
 from featstore.images.hf import PILLOW_FILTERS, RESCALE_FIRST, canonical_processor, hf_size, pillow_pixels
 from featstore.images.intensity import INTENSITIES, to_byte_range
 
@@ -44,6 +45,8 @@ class PreprocessSpec:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     processor: dict[str, Any] | None = field(default=None, hash=False)
+    dicom_mode: DicomMode = "standard"
+    decode: DecodeMode = "full"
 
     def __post_init__(self) -> None:
         if self.geometry not in get_args(Geometry):
@@ -54,6 +57,11 @@ class PreprocessSpec:
             raise ConfigError(f"intensity must be one of {', '.join(INTENSITIES)}, got {self.intensity!r}")
         if self.quantise not in get_args(Quantise):
             raise ConfigError(f"quantise must be one of {', '.join(get_args(Quantise))}, got {self.quantise!r}")
+        if self.dicom_mode not in get_args(DicomMode) or self.decode not in get_args(DecodeMode):
+            raise ConfigError(
+                f"dicom_mode is one of {', '.join(get_args(DicomMode))} and decode one of "
+                f"{', '.join(get_args(DecodeMode))}, got {self.dicom_mode!r} and {self.decode!r}"
+            )
         if (self.geometry == "hf") != (self.processor is not None):
             raise ConfigError(
                 "geometry hf needs the checkpoint's preprocessor_config.json, and no other geometry takes one"
@@ -97,9 +105,22 @@ class PreprocessSpec:
         """Whether `preprocess` gives values in [0, 1], as DINOv3's processor resizes them, and not in [0, 255]."""
         return self.processor is not None and self.quantise == "none"
 
+    @property
+    def decoding(self) -> DecodeOptions:
+        """What the decoders must know."""
+        return DecodeOptions(
+            dicom_mode=self.dicom_mode,
+            voi=self.intensity == "native",
+            decode=self.decode,
+            target=(self.height, self.width),
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Canonical and ready for JSON; two specifications with equal dictionaries give equal pixels."""
+        # What came later is stated where it is not the default, so that sets made before keep their fingerprint.
+        later = {"dicom_mode": self.dicom_mode, "decode": self.decode}
         return {
+            **{name: value for name, value in later.items() if value not in ("standard", "full")},
             "implementation": IMPLEMENTATION,
             "geometry": self.geometry,
             "height": self.height,
@@ -115,7 +136,9 @@ class PreprocessSpec:
         }
 
 
-def preprocess(image: Shaped[np.ndarray, "h w"] | Shaped[np.ndarray, "h w 3"], spec: PreprocessSpec) -> Planes:
+def preprocess(
+    image: Shaped[np.ndarray, "h w"] | Shaped[np.ndarray, "h w 3"] | Decoded, spec: PreprocessSpec
+) -> Planes:
     """One decoded image of any depth as (C, height, width); C is 1 for grey and 3 for colour.
 
     uint8 where the specification quantises, else float32; in [0, 255], or in [0, 1] where `spec.unit_range`.
@@ -123,7 +146,7 @@ def preprocess(image: Shaped[np.ndarray, "h w"] | Shaped[np.ndarray, "h w 3"], s
     Raises:
         DecodeError: an image so long that the geometry would make it absurdly large.
     """
-    values = to_byte_range(image, spec.intensity)
+    values = to_byte_range(image if isinstance(image, Decoded) else Decoded(image), spec.intensity)
     if spec.processor is not None:
         return _hf(values, spec.processor, spec)
     from featstore.images.resize import GEOMETRIES

@@ -28,6 +28,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from featstore.errors import DecodeError
 from featstore.images import tiff
 from featstore.images.content import check_jpeg, check_png, recognise
+from featstore.images.decoded import DecodeOptions
 from featstore.images.sizes import MAX_PIXELS
 
 Pixels = Shaped[np.ndarray, "H W"] | Shaped[np.ndarray, "H W 3"]
@@ -56,7 +57,7 @@ _ORIENTATION = 274  # tag of EXIF
 _OTHER_ORDER = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
 
 
-def decode(data: bytes, *, name: str = "", frame: int = 0) -> Pixels:
+def decode(data: bytes, *, name: str = "", frame: int = 0, options: DecodeOptions | None = None) -> Pixels:
     """The pixels of an image file as (H, W), or as (H, W, 3) in the order red, green, blue.
 
     uint8, uint16, int32 or float32, as deep as the file; uint32 beyond int32 becomes float32. One channel stays one, a
@@ -68,6 +69,8 @@ def decode(data: bytes, *, name: str = "", frame: int = 0) -> Pixels:
     """
     try:
         kind = recognise(data)
+        if kind not in _READERS:
+            raise DecodeError(f"this is a {kind} file and no raster image")
         if kind == "PNG":
             check_png(data)
         elif kind == "JPEG":

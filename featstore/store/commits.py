@@ -20,6 +20,7 @@ from jaxtyping import Bool
 
 from featstore import files
 from featstore.errors import CorruptError, StoreError
+from featstore.inputs import HASH_HEX as HASH_HEX
 from featstore.objects import Place, ReplacedError, as_object
 from featstore.store import remote
 from featstore.store.bucket import enter, renew
@@ -45,7 +46,6 @@ from featstore.store.ledger import Ledger
 from featstore.store.packed import check_not_archived
 from featstore.store.shards import ShardSummary, ShardWriter, read_summary, shard_key
 
-HASH_HEX = 32  # 128 bits of SHA-256 a row: enough to tell contents apart, small enough to keep in the marker
 MARKER = "marker.json"
 MISSING = "is not there"
 READERS = 16  # markers read at once from a bucket

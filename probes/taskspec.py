@@ -1,0 +1,55 @@
+"""A task as data: which columns are labels, what their values mean, which rows train and test, per what unit."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from probes.policies import Policy
+
+Kind = Literal["auto", "multilabel", "multiclass", "regression", "ordinal"]
+Unit = Literal["image", "volume", "study", "patient"]
+Pool = Literal["mean", "max", "features"]
+PLAIN = Policy()  # uncertain and blank are masked
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskSpec:
+    """A task by name; independent of any store.
+
+    `labels` are columns of the manifest, or names that `merge` makes of several (1 where any of them is 1). `kind`
+    "auto": one column with other values than 1, 0, -1 is multiclass, all else multilabel. `classes` are the values of
+    a multiclass or ordinal column in order; rows with other values are masked. `names` maps labels to the words that
+    data sets share, for a test on another data set. `where` keeps rows whose column has one of the values; `without`
+    leaves out rows by id. `split_column` is the column with train, val and test. `selection` says where validation
+    rows come from: the official split, or a seeded share of the training groups (then an official validation split
+    may be the test split). Scores of one `unit` are pooled (`mean`, `max`) before they are scored; "features" averages
+    the features of its images first, so that a head sees units. `source` is the paper or release; `deviations` say
+    what differs from it.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    train_policy: Policy = PLAIN
+    eval_policy: Policy = PLAIN
+    where: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    selection: Literal["official", "carve"] = "official"
+    seed: int = 0
+    kind: Kind = "auto"
+    classes: tuple[str, ...] = ()
+    merge: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    names: tuple[tuple[str, str], ...] = ()
+    without: tuple[str, ...] = ()
+    split_column: str = "split"
+    unit: Unit = "image"
+    pool: Pool = "mean"
+    source: str = ""
+    deviations: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON; what came later is stated where it is not the default, so that old digests hold."""
+        first = ("name", "labels", "train_policy", "eval_policy", "where", "selection", "seed")
+        values = asdict(self) | {"train_policy": self.train_policy.as_dict(), "eval_policy": self.eval_policy.as_dict()}
+        return {
+            item.name: values[item.name]
+            for item in fields(self)
+            if item.name in first or getattr(self, item.name) != item.default
+        }
