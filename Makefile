@@ -37,8 +37,10 @@ install:
 demo: env
 	$(BIN)/featstore demo
 
+# Two processes, each test file in one of them: half the time on two cores, and fixtures of a file are made once.
+JOBS ?= 2
 test: env-test lint types
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-all: env-test lint types
 	$(BIN)/python -m pytest

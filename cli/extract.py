@@ -1,8 +1,8 @@
 """`featstore register` and `featstore extract`."""
 
+import contextlib
 import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from featstore.objects import Place, as_object
 
 if TYPE_CHECKING:
     from featstore.datasets.manifest import Manifest
+    from featstore.extraction.decoded_cache import Cache
     from featstore.extraction.pipeline import Summary
     from featstore.extraction.plan import Plan
 
@@ -41,13 +42,32 @@ def register(
     --path-column file --group-column patient --label-columns Edema,Effusion`; `featstore register phantom`.
     Registering again after files were added or changed keeps the old manifest readable.
     """
+    from featstore.datasets.contents import hashing_cost
+    from featstore.datasets.progress import watched
     from featstore.register import register as register_source
     from featstore.store.layout import store_path
 
-    manifest, before = register_source(store_path(store), name, root, config)
-    facts = describe_manifest(manifest)
+    with contextlib.ExitStack() as stack:
+        shown: list[show.Advance] = []
+
+        def advance(done: int, total: int) -> None:
+            if not shown:
+                shown.append(stack.enter_context(show.progress(f"{name}: hashing", total, "files")))
+            shown[0](done)
+
+        bars: dict[str, show.Advance] = {}
+
+        def watch(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = stack.enter_context(show.progress(f"{name}: {what}", total, ""))
+            bars[what](1)
+
+        stack.enter_context(watched(watch))
+        manifest, before = register_source(store_path(store), name, root, config, advance=advance)
+    facts, cost = describe_manifest(manifest), hashing_cost(manifest)
     if json:
-        show.emit_json(facts)
+        to_hash = {"files": cost.files, "bytes": cost.bytes, "seconds": round(cost.seconds, 1)}
+        show.emit_json({**facts, "to_hash": to_hash})
         return
     print(f"store {store_path(store)}")
     print(
@@ -59,24 +79,29 @@ def register(
         + ", ".join(f"{key or 'unused'} {n}" for key, n in facts["splits"].items())
     )
     if facts["label_columns"]:
-        print(f"  labels: {', '.join(facts['label_columns'])}")
+        print(f"  labels: {show.some(facts['label_columns'], 30)}")
     if facts["tasks"]:
         print(f"  tasks: {', '.join(facts['tasks'])}")
     for note in [*manifest.meta["notes"], *([f"{facts['missing']} files are missing"] if facts["missing"] else [])]:
         print(f"  note: {note}")
+    if cost.files:
+        took = show.duration(max(1, cost.seconds))
+        print(f"  hashing all {cost.files:,} files would read {show.size(cost.bytes)}, about {took} (--hash)")
     if before is not None and before.short != manifest.short:
         print(f"  the manifest before was {before.short} ({len(before)} samples); it stays readable")
 
 
 def describe_manifest(manifest: "Manifest") -> dict[str, Any]:
     """Counts of a manifest for people and machines."""
-    groups = {group for group in manifest.column("group") if group is not None}
+    import pyarrow.compute as pc
+
+    splits = manifest.table.column("split").value_counts().to_pylist()
     return {
         "dataset": manifest.name,
         "manifest": manifest.digest,
         "samples": len(manifest),
-        "groups": len(groups),
-        "splits": dict(sorted(Counter(manifest.column("split")).items())),
+        "groups": pc.count_distinct(manifest.table.column("group"), mode="only_valid").as_py(),
+        "splits": {item["values"]: item["counts"] for item in sorted(splits, key=lambda item: item["values"] or "")},
         **manifest.meta,
     }
 
@@ -116,7 +141,15 @@ def extract(
     summaries = [] if run.dry_run else run_plans(plans, run, quiet=json)
     if json:
         show.emit_json(
-            [{"set": plan.name, "todo": len(plan.todo), "bytes": plan.new_bytes} for plan in plans]
+            [
+                {
+                    "set": plan.name,
+                    "todo": len(plan.todo),
+                    "bytes": plan.new_bytes,
+                    "decoded_bytes": _cache_bytes(plan, run),
+                }
+                for plan in plans
+            ]
             if run.dry_run
             else summaries
         )
@@ -132,9 +165,16 @@ def _print_plan(plan: "Plan", run: RunConfig) -> None:
     if len(plan.todo) == 0:
         print(
             f"  complete: all {len(plan.manifest)} samples have {', '.join(array.name for array in plan.arrays)}; "
-            "nothing to do"
+            f"nothing to {'compute' if run.decoded_cache else 'do'}",
+            flush=True,
         )
-        return
+    else:
+        _print_work(plan, run)
+    if run.decoded_cache:
+        _print_cache(plan, run)
+
+
+def _print_work(plan: "Plan", run: RunConfig) -> None:
     from featstore.extraction.estimate import forward_seconds
     from featstore.extraction.pipeline import choose_device
 
@@ -148,9 +188,33 @@ def _print_plan(plan: "Plan", run: RunConfig) -> None:
     )
 
 
+def _print_cache(plan: "Plan", run: RunConfig) -> None:
+    cache, more = _cache_of(plan), _cache_bytes(plan, run)
+    if not more:
+        text = "all there, nothing is decoded"
+    elif not cache.exists:
+        text = f"at most {show.size(more)} to be kept beside it, a third of that if all are grey"
+    elif cache.channels == 1:
+        text = f"{show.size(more)} more in {cache.name}; the first one in colour makes all of it three times as large"
+    else:
+        text = f"{show.size(more)} more in {cache.name}"
+    print(f"  decoded images: {text}", flush=True)
+
+
+def _cache_of(plan: "Plan") -> "Cache":
+    from featstore.extraction.decoded_cache import find_cache
+
+    return find_cache(plan.folder.parents[2], plan.manifest, plan.preprocess)
+
+
+def _cache_bytes(plan: "Plan", run: RunConfig) -> int:
+    """Bytes that the decoded cache may take; an upper bound where it is still to be made."""
+    return _cache_of(plan).new_bytes(retry_failed=run.retry_failed) if run.decoded_cache else 0
+
+
 def check_space(root: Place, plans: "list[Plan]", run: RunConfig, *, quiet: bool) -> None:
     """Say what is free; stop before the disk is full or more is written than was agreed to."""
-    wanted = sum(plan.new_bytes for plan in plans)
+    wanted = sum(plan.new_bytes + _cache_bytes(plan, run) for plan in plans)
     if not wanted:
         return
     place = root
@@ -165,14 +229,15 @@ def check_space(root: Place, plans: "list[Plan]", run: RunConfig, *, quiet: bool
         print(f"  {known}" + ("; dry run, nothing written" if run.dry_run else ""), flush=True)
     if run.dry_run or run.yes:
         return
+    most = "at most " if run.decoded_cache else ""
     if wanted > free:
         raise StoreError(
-            f"{show.size(wanted)} are to be written and {show.size(free)} are free in {place}; "
+            f"{most}{show.size(wanted)} are to be written and {show.size(free)} are free in {place}; "
             "pass --yes to go on anyway"
         )
     if wanted > parse_bytes(run.max_bytes):
         raise ConfigError(
-            f"{show.size(wanted)} are to be written, more than --max-bytes {run.max_bytes}; "
+            f"{most}{show.size(wanted)} are to be written, more than --max-bytes {run.max_bytes}; "
             "keep fewer --tokens, or pass --yes"
         )
 
@@ -183,10 +248,14 @@ def run_plans(plans: "list[Plan]", run: RunConfig, *, quiet: bool) -> list[dict[
     results = []
     backbone, loaded = None, ""
     for plan in plans:
+        cache, notes = _fill_cache(plan, run) if run.decoded_cache else (None, [])
         if len(plan.todo) == 0:
             if not is_prepared(plan):  # a manifest with nothing new: only the mapping of its rows is missing
                 prepare(plan)
-            results.append({"set": plan.name, "samples": 0, "failed": 0, "blocks": 0, "seconds": 0.0})
+            if not quiet:
+                for note in notes:
+                    print(f"    {note}")
+            results.append({"set": plan.name, "samples": 0, "failed": 0, "blocks": 0, "seconds": 0.0, "notes": notes})
             continue
         from featstore.extraction import pipeline
 
@@ -195,9 +264,18 @@ def run_plans(plans: "list[Plan]", run: RunConfig, *, quiet: bool) -> list[dict[
             loaded = plan.spec["identity"]["compute_dtype"]
             backbone = pipeline.load_backbone(plan, run, pipeline.choose_device(run.device))
         with show.progress(plan.name, len(plan.todo)) as advance:
-            summary = pipeline.extract(plan, run, backbone=backbone, advance=advance, say=show.say)
+            summary = pipeline.extract(plan, run, backbone=backbone, cache=cache, advance=advance, say=show.say)
+        summary.notes[:0] = notes
         results.append(_report(summary, plan, quiet=quiet))
     return results
+
+
+def _fill_cache(plan: "Plan", run: RunConfig) -> "tuple[Cache, list[str]]":
+    from featstore.extraction import decoded_cache
+
+    lacking = len(_cache_of(plan).missing(retry_failed=run.retry_failed))
+    with show.progress(f"{plan.name}: decoding", lacking) as advance:
+        return decoded_cache.fill_cache(plan, run, advance=advance)
 
 
 def _report(summary: "Summary", plan: "Plan", *, quiet: bool) -> dict[str, Any]:

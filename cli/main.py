@@ -52,7 +52,7 @@ def stop(message: str, code: int) -> NoReturn:
 
 
 def _store_app() -> typer.Typer:
-    from cli import demo, doctor, exchange, extract, formats, maintenance, operations
+    from cli import card, demo, doctor, exchange, extract, formats, intensities, maintenance, operations
 
     app = typer.Typer(
         name="featstore",
@@ -72,14 +72,14 @@ def _store_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for module in (extract, operations, maintenance, exchange, formats, doctor, demo):
+    for module in (extract, operations, card, intensities, maintenance, exchange, formats, doctor, demo):
         for name, command in module.COMMANDS.items():
-            app.command(name, no_args_is_help=name in ("register", "extract", "import"))(guarded(command))
+            app.command(name, no_args_is_help=name in ("register", "extract", "import", "card"))(guarded(command))
     return app
 
 
 def _probe_app() -> typer.Typer:
-    from cli import probing
+    from cli import leaks, probing
 
     app = typer.Typer(
         name="probes",
@@ -99,8 +99,9 @@ def _probe_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for name, command in probing.COMMANDS.items():
-        app.command(name, no_args_is_help=name != "results")(guarded(command))
+    for module in (probing, leaks):
+        for name, command in module.COMMANDS.items():
+            app.command(name, no_args_is_help=name != "results")(guarded(command))
     return app
 
 

@@ -219,16 +219,13 @@ def models(*, json: JsonOption = False) -> None:
 def datasets(
     name: Annotated[str | None, typer.Argument(help="a family: explain its layout")] = None, *, json: JsonOption = False
 ) -> None:
-    """Data set families that `register` knows."""
-    import inspect
-    from pkgutil import resolve_name
-
-    from featstore.datasets import DATASETS
+    """Data set families that `register` knows; with NAME its layout, columns, splits, options, licence and traps."""
+    from featstore.datasets import DATASETS, explain
 
     if name is not None and name not in DATASETS:
         raise UnknownNameError(f"unknown adapter {name!r}; known: {', '.join(sorted(DATASETS))}")
-    chosen = {key: DATASETS[key] for key in sorted(DATASETS) if name in (None, key)}
-    texts = {key: inspect.getdoc(resolve_name(target.split(":")[0])) or "" for key, target in chosen.items()}
+    chosen = [key for key in sorted(DATASETS) if name in (None, key)]
+    texts = {key: explain(key) for key in chosen}
     if json:
         show.emit_json(texts)
     elif name is not None:

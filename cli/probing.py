@@ -8,7 +8,7 @@ import typer
 from cli import show
 from cli.extract import JsonOption, StoreOption
 from cli.flags import with_config
-from probes.configs import EvalConfig, KnnConfig, LinearConfig
+from probes.configs import EvalConfig, KnnConfig, LinearConfig, TaskConfig
 
 ExtractOption = Annotated[
     bool,
@@ -18,10 +18,11 @@ ExtractOption = Annotated[
 ]
 
 
-@with_config(config=EvalConfig, head=KnnConfig)
+@with_config(config=EvalConfig, reading=TaskConfig, head=KnnConfig)
 def knn(
     *,
     config: EvalConfig,
+    reading: TaskConfig,
     head: KnnConfig,
     extract: ExtractOption = False,
     store: StoreOption = None,
@@ -29,28 +30,45 @@ def knn(
 ) -> None:
     """k nearest neighbours: cosine similarity, softmax vote at T = 0.07, k chosen on validation.
 
-    Example: `probes knn --dataset cxr --labels view` ranks every set of the data set.
+    Numbers and ranks get the weighted mean of the neighbours instead.
+
+    Examples: `probes knn --dataset cxr --labels view` ranks every set of the data set; `--unit study --pool max` counts
+    studies; `probes knn --dataset ct --labels age --kind regression`.
     """
-    _evaluate("knn", config, head, extract=extract, store=store, json=json)
+    _evaluate("knn", config, reading, head, extract=extract, store=store, json=json)
 
 
-@with_config(config=EvalConfig, head=LinearConfig)
+@with_config(config=EvalConfig, reading=TaskConfig, head=LinearConfig)
 def linear(
     *,
     config: EvalConfig,
+    reading: TaskConfig,
     head: LinearConfig,
     extract: ExtractOption = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Logistic regression, solved to its optimum; C chosen per label on validation.
+    """Logistic regression, solved to its optimum; C chosen per label on validation. Ridge for numbers and ranks.
 
     Examples: `probes linear --dataset chexpert`; `probes linear --dataset cxr --model tiny --labels Edema,Effusion`.
+    What uncertain labels change: `probes linear --dataset chexpert --policies all`. External validation:
+    `probes linear --dataset mimic-cxr --task mimic-7-a --test-dataset nih,chexpert` fits and chooses on the first data
+    set and tests on the others, by the labels they share; `--test-task nih-7-a,chexpert-14` names their tasks. Data
+    sets that share images or patients are refused. `--where` filters the first data set only.
     """
-    _evaluate("linear", config, head, extract=extract, store=store, json=json)
+    _evaluate("linear", config, reading, head, extract=extract, store=store, json=json)
 
 
-def _evaluate(probe: str, config: EvalConfig, head: Any, *, extract: bool, store: str | None, json: bool) -> None:
+def _evaluate(
+    probe: str,
+    config: EvalConfig,
+    reading: TaskConfig,
+    head: Any,
+    *,
+    extract: bool,
+    store: str | None,
+    json: bool,
+) -> None:
     from featstore.store.catalog import Store
     from featstore.store.layout import store_path
     from probes.evaluation import evaluate_sets
@@ -61,7 +79,12 @@ def _evaluate(probe: str, config: EvalConfig, head: Any, *, extract: bool, store
     if extract:
         _extract_first(home, config)
     records = evaluate_sets(
-        home, probe, config, head, progress=lambda total: show.progress(f"probes {probe}", total, unit="records")
+        home,
+        probe,
+        config,
+        head,
+        reading=reading,
+        progress=lambda total: show.progress(f"probes {probe}", total, unit="records"),
     )
     if json:
         show.emit_json(records)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -62,6 +62,11 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, right: tuple
         made.add_row(*row)
     console = Console(soft_wrap=False) if sys.stdout.isatty() else Console(width=200)
     console.print(made)
+
+
+def some(names: Sequence[str], most: int) -> str:
+    """Names in a line; of more than `most` the first ones and the count."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 def say(text: str) -> None:

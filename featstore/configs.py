@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from featstore.errors import ConfigError
 
-Geometry = Literal["squash", "letterbox", "dino", "hf"]
+Geometry = Literal["squash", "letterbox", "dino", "short", "spline", "hf"]
 Fit = Literal["nearest", "floor", "tokens", "strict"]
 Attention = Literal["sdpa", "eager"]
 StoredDtype = Literal["float16", "float32", "bfloat16"]
@@ -118,8 +118,8 @@ class SetConfig:
     layers: Annotated[str, "also keep these blocks' tokens (after the final norm): 4,8,12 or -4,-1"] = ""
     geometry: Annotated[
         Geometry,
-        "squash: whole image to the size; letterbox: padded; dino: short side x256/224, crop; "
-        "hf: the checkpoint's processor",
+        "squash: whole image to the size; letterbox: padded; dino: short side x256/224, crop; short: short side to the "
+        "size, crop; hf: the checkpoint's processor; spline: stored values by scipy's zoom, as a paper has it",
     ] = "squash"
     fit: Annotated[
         Fit, "for sizes that the patch does not divide: nearest, floor, tokens (grid of patch 16), strict (refuse)"
@@ -170,7 +170,7 @@ class RunConfig:
 
     device: Annotated[str, "auto, cpu, cuda or cuda:1"] = "auto"
     batch_size: Annotated[int | None, "images per forward pass; default: from the token count"] = None
-    workers: Annotated[int | None, "threads that read and decode; default: one per core"] = None
+    workers: Annotated[int | None, "threads or processes that read and decode; default: one per core"] = None
     worker_type: Annotated[WorkerType, "thread, or process: survives a decoder that crashes or hangs"] = "thread"
     decoded_cache: Annotated[
         bool, "keep the resized images in the store, so that the next model at this size decodes nothing"
@@ -215,7 +215,10 @@ class RegisterConfig:
     option: Annotated[list[str], "an adapter's own choice, KEY=VALUE; repeatable (`featstore datasets NAME`)"] = field(
         default_factory=list
     )
-    hash: Annotated[bool, "also hash every file now (reads all bytes): finds duplicates before extraction does"] = False
+    hash: Annotated[
+        bool,
+        "also hash every file now (reads all bytes): finds duplicates, and edits that left size and time as they were",
+    ] = False
     allow_missing: Annotated[bool, "keep rows whose file is missing; extraction marks them failed"] = False
 
     def options(self, adapter: str) -> dict[str, Any]:
@@ -241,14 +244,16 @@ class RegisterConfig:
             if self.split_seed and self.split_column:
                 raise ConfigError("--split-seed and --split-column exclude each other: the column is the split")
             given["label_columns"] = tuple(name.strip() for name in self.label_columns.split(",") if name.strip())
-            return {**given, "seed": self.split_seed}
+            return {**given, "seed": self.split_seed, "frames": self.frames}
         foreign = [f"--{name.replace('_', '-')}" for name, value in own.items() if value is not None]
         if foreign:
             raise ConfigError(
                 f"{', '.join(foreign)}: only the table adapter takes these, not {adapter!r}; add --adapter table"
             )
         if adapter == "folder":
-            return {"seed": self.split_seed}
+            return {"seed": self.split_seed, "frames": self.frames}
+        if self.frames:
+            raise ConfigError(f"--frames {self.frames}: the adapter {adapter!r} knows its own samples; leave it out")
         if self.split_seed:
             raise ConfigError(f"--split-seed: the adapter {adapter!r} has a split of its own")
         return {}

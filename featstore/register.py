@@ -1,21 +1,37 @@
 """`register`: run an adapter, freeze its source as the current manifest of a name."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from featstore import files
 from featstore.configs import RegisterConfig
 from featstore.datasets import GENERATED, choose_adapter, manifest, parse_options, read_source
+from featstore.datasets.contents import MISSING, History
 from featstore.datasets.manifest import Manifest
-from featstore.errors import ConfigError, ManifestError, UnknownNameError
+from featstore.errors import ConfigError, ManifestError, StoreError, UnknownNameError
 from featstore.objects import Place, as_object
+from featstore.store import commits, ledger
 from featstore.store.catalog import Store
 from featstore.store.layout import check_store
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+NO_CONTENT = "0" * commits.HASH_HEX  # of a row that was computed from no file
+
 
 def register(
-    store_path: Place, name: str, root: Path | None, config: RegisterConfig
+    store_path: Place,
+    name: str,
+    root: Path | None,
+    config: RegisterConfig,
+    *,
+    advance: Callable[[int, int], None] | None = None,
 ) -> tuple[Manifest, Manifest | None]:
     """Register or re-register a data set; returns the new current manifest and the one before, if any.
+
+    `advance` is told how many files were just hashed, and of how many.
 
     Raises:
         ManifestError, ConfigError: see the adapters and `manifest.build`.
@@ -33,14 +49,63 @@ def register(
     options = {**config.options(adapter), **parse_options(adapter, config.option)}
     check_store(store.path, create=True)
     source = read_source(adapter, root, **options)
-    doubted = manifest.earlier_ids(store.datasets_folder, name)
     try:
         before = store.manifest(name)
     except UnknownNameError:
         before = None
     except ManifestError:
-        # Damaged, and registering is what mends it; what it said of the files is lost, so all of them are hashed.
-        before, doubted = None, set(source.table.column("id").to_pylist())
-    result = manifest.build(name, source, allow_missing=config.allow_missing, before=before, doubted=doubted)
+        before = None  # damaged, and registering is what mends it: no file is taken for what it was
+    result = manifest.build(
+        name,
+        source,
+        allow_missing=config.allow_missing,
+        before=before,
+        gather=lambda ids: history(store, name, ids),
+        hash_all=config.hash,
+        advance=advance,
+    )
     manifest.save(store.datasets_folder, result)
     return result, before
+
+
+def history(store: Store, name: str, ids: "pa.Array") -> History:
+    """What manifests and sets of a data set say of the earlier bytes of these samples.
+
+    A sample that is mapped to a row which nobody has computed yet is in doubt, unless something else tells what it was:
+    a run that is still going may be about to commit it.
+    """
+    folders = [path.parent for path in sorted((store.path / "sets" / name).glob("*/spec.json"))]
+    mappings = [path for folder in folders for path in sorted((folder / "rows").glob("*.parquet"))]
+    found = manifest.earlier(store.datasets_folder, name, ids, {path.stem for path in mappings})
+    open_rows: set[str] = set()
+    for folder in folders:
+        try:
+            open_rows |= _add_rows(folder, ids, found)
+        except StoreError:  # damaged: nobody knows what its rows were computed from
+            found.stated.update(ids.to_pylist())
+    found.stated.update(open_rows - found.hashes.keys())
+    return found
+
+
+def _add_rows(folder: Place, ids: "pa.Array", found: History) -> set[str]:
+    """Add the hashes of a set's rows; returns the samples with a row whose bytes are not known."""
+    import pyarrow.compute as pc
+
+    mapped: dict[int, set[str]] = {}
+    for path in sorted((folder / "rows").glob("*.parquet")):
+        table = ledger.read_mapping_table(path)
+        table = table.filter(pc.is_in(table.column("id"), value_set=ids))
+        for sample, size, row in zip(*(table.column(key).to_pylist() for key in ("id", "size", "row"))):
+            if size != MISSING:
+                mapped.setdefault(row, set()).add(sample)
+    if not mapped:
+        return set()
+    known: set[int] = set()
+    for group in ledger.read_ledger(folder).groups:
+        for commit in commits.read_commits(folder, group).values():
+            for row in mapped.keys() & range(commit.start, commit.stop):
+                if (content := commit.content(row)) != NO_CONTENT:
+                    known.add(row)
+                    for sample in mapped[row]:
+                        found.hashes.setdefault(sample, set()).add(content)
+    return {sample for row in mapped.keys() - known for sample in mapped[row]}

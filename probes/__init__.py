@@ -23,15 +23,25 @@ PROBES = {
 
 
 def task(
-    features: "FeatureSet", name: str | None = None, *, labels: Any = (), where: str = "", allow_leak: bool = False
+    features: "FeatureSet",
+    name: str | None = None,
+    *,
+    labels: Any = (),
+    where: str = "",
+    allow_leak: bool = False,
+    **reading: Any,
 ) -> "Task":
     """A task on a set: by name, made of label columns, or the data set's default.
+
+    `reading` are fields of `probes.configs.TaskConfig` that change how it is read: `train_policy`, `eval_policy`,
+    `unit`, `pool`, `kind`, `classes`.
 
     Raises:
         TaskError, UnknownNameError: see `probes.tasks`.
     """
+    from probes.configs import TaskConfig
     from probes.tasks import choose_task, make_task
 
     columns = (labels,) if isinstance(labels, str) else tuple(labels)
-    spec = choose_task(features.manifest, task=name, labels=columns, where=where)
+    spec = choose_task(features.manifest, task=name, labels=columns, where=where, reading=TaskConfig(**reading))
     return make_task(features, spec, allow_leak=allow_leak)

@@ -22,6 +22,10 @@ def parse_numbers(text: str, option: str) -> tuple[float, ...]:
     return numbers
 
 
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     """What is evaluated: data, labels, features."""
@@ -37,7 +41,9 @@ class EvalConfig:
     manifest: Annotated[str | None, "digest of an older manifest of the data set; default: the current one"] = None
     resamples: Annotated[int, "bootstrap resamples (by patient) for the intervals"] = 1000
     seed: Annotated[int, "seed of the bootstrap"] = 0
-    allow_leak: Annotated[bool, "go on although a patient stands in two splits; the record says so"] = False
+    allow_leak: Annotated[
+        bool, "go on although a patient or an image stands in two splits, or in both data sets; the record says so"
+    ] = False
     results: Annotated[Path | None, "folder of the records; default: STORE/results"] = None
 
     def __post_init__(self) -> None:
@@ -45,6 +51,58 @@ class EvalConfig:
             raise ConfigError("--task and --labels exclude each other; give one")
         if self.resamples < 2:
             raise ConfigError(f"--resamples must be at least 2, got {self.resamples}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig:
+    """How the task is read, in place of what it says itself, and what else it is tested on."""
+
+    train_policy: Annotated[
+        str | None, "what -1, blank and readers' votes mean in training: zeros, ones, mixed, ignore, drop-row, ..."
+    ] = None
+    eval_policy: Annotated[str | None, "the same in validation and test; default: the task's own, -1 masked"] = None
+    unit: Annotated[
+        Literal["image", "volume", "study", "patient"] | None, "what counts once; images of one unit are pooled"
+    ] = None
+    pool: Annotated[
+        Literal["mean", "max", "features"] | None, "pool scores (mean, max) or average features before the head"
+    ] = None
+    kind: Annotated[
+        Literal["multilabel", "multiclass", "regression", "ordinal"] | None, "what the label columns hold"
+    ] = None
+    classes: Annotated[str, "values of a multiclass or ordinal column, in order: none,mild,severe"] = ""
+    policies: Annotated[
+        str, "sensitivity table: one record per training policy, such as zeros,ones,drop-row, or all"
+    ] = ""
+    test_dataset: Annotated[str, "test on these data sets instead (NAME,NAME), by the labels they share"] = ""
+    test_task: Annotated[
+        str | None, "task of the other data sets, or one each (NAME,NAME); default: theirs that shares most labels"
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.policies and self.test_dataset:
+            raise ConfigError("--policies and --test-dataset exclude each other; give one")
+        if self.policies and self.train_policy:
+            raise ConfigError("--policies and --train-policy exclude each other; give one")
+        if self.test_task and not self.test_dataset:
+            raise ConfigError("--test-task names the task of --test-dataset; give that too")
+        if len(_names(self.test_task)) > 1 and len(_names(self.test_task)) != len(_names(self.test_dataset)):
+            raise ConfigError(
+                f"--test-task names one task for all of --test-dataset or one for each; got "
+                f"{len(_names(self.test_task))} for {len(_names(self.test_dataset))}"
+            )
+
+    @property
+    def test_datasets(self) -> tuple[str, ...]:
+        """Names of the other data sets."""
+        return tuple(dict.fromkeys(_names(self.test_dataset)))
+
+    @property
+    def tests(self) -> tuple[tuple[str, str | None], ...]:
+        """(other data set, its task, None where none was named)."""
+        datasets, tasks = _names(self.test_dataset), _names(self.test_task)
+        each: list[str | None] = [*tasks] if len(tasks) > 1 else [tasks[0] if tasks else None] * len(datasets)
+        return tuple(dict.fromkeys(zip(datasets, each)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +126,7 @@ class KnnConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearConfig:
-    """Logistic regression at scikit-learn's objective."""
+    """Logistic regression, or ridge regression for numbers and ranks, at scikit-learn's objectives."""
 
     C: Annotated[
         str | None, "inverse strength(s) of the L2 penalty, as in scikit-learn; default: 45 values, 1e-6 to 1e5"
@@ -76,12 +134,22 @@ class LinearConfig:
     standardize: Annotated[bool, "scale features by the training rows' mean and deviation"] = True
     class_weight: Annotated[Literal["none", "balanced"], "weight of the classes in the loss"] = "none"
     refit: Annotated[bool, "choose by group-wise 5-fold out-of-fold scores, then fit on train + val"] = False
+    alpha: Annotated[str | None, "strength(s) of the penalty of ridge regression; default: 41 values, 1e-2 to 1e8"] = (
+        None
+    )
 
     def __post_init__(self) -> None:
         if self.C is not None:
             parse_numbers(self.C, "--C")
+        if self.alpha is not None:
+            parse_numbers(self.alpha, "--alpha")
 
     @property
     def grid(self) -> tuple[float, ...] | None:
         """The values asked for in ascending order, or None for the default."""
         return None if self.C is None else tuple(sorted(parse_numbers(self.C, "--C")))
+
+    @property
+    def alphas(self) -> tuple[float, ...] | None:
+        """The values asked for in ascending order, or None for the default."""
+        return None if self.alpha is None else tuple(sorted(parse_numbers(self.alpha, "--alpha")))

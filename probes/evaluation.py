@@ -5,12 +5,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from featstore import files
 from featstore.errors import CorruptError, IncompleteError, UnknownNameError
@@ -20,34 +19,28 @@ from featstore.request import command_of
 from featstore.store.catalog import Entry, Store
 from featstore.store.features import FeatureSet
 from probes import PROBES
-from probes.configs import EvalConfig
-from probes.metrics import evaluate
+from probes.configs import EvalConfig, TaskConfig
+from probes.cross import CrossTask, best_task, cross_task, matching_set
 from probes.records import prediction_columns, save_record
+from probes.roles import SPLITS
+from probes.scoring import score
 from probes.selection import Fitted
-from probes.statistics import bootstrap
+from probes.sensitivity import PolicyComparison, policy_specs
 from probes.tasks import Task, choose_task, make_task
 
 DEFAULT_FEATURES = ("cls+mean_patch", "cls")
 
 
-def score(
-    task: Task, rows: Int[np.ndarray, " n"], scores: Float[np.ndarray, "n L"], *, resamples: int, seed: int
-) -> dict[str, Any]:
-    """Metrics of probabilities for manifest rows under the evaluation policy; intervals where `resamples` > 0."""
-    mask = task.mask[rows]
-    result: dict[str, Any] = dict(evaluate(task.y[rows], scores, mask, kind=task.kind, labels=task.labels))
-    if resamples:
-        result["intervals"] = bootstrap(
-            task.y[rows],
-            scores,
-            mask,
-            task.groups[rows],
-            kind=task.kind,
-            num_resamples=resamples,
-            seed=seed,
-            labels=task.labels,
-        )
-    return result
+Compare = Callable[[Task, Fitted, dict[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One record to make; `compare` adds what a sensitivity table needs."""
+
+    task: Task
+    features: str
+    compare: Compare | None = None
 
 
 def evaluate_sets(
@@ -56,33 +49,75 @@ def evaluate_sets(
     config: EvalConfig,
     head: Any,
     *,
+    reading: TaskConfig | None = None,
     progress: Callable[[int], AbstractContextManager[Callable[[int], None]]] | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate one probe on every chosen set and feature; returns the records, which are also on disk.
 
-    `progress(total)` opens a context whose value is told of every record made.
+    `reading` changes how the task is read, asks for one record per training policy, or names other data sets to test
+    on. `progress(total)` opens a context whose value is told of every record made.
 
     Raises:
-        UnknownNameError: no such data set, set, task or label. IncompleteError: no chosen set is complete.
+        UnknownNameError: no such data set, set, task, policy or label. IncompleteError: no chosen set is complete.
+        TaskError: the task cannot be read, fitted or scored, or not tested on the other data set.
     """
+    reading = reading or TaskConfig()
     manifest = store.manifest(config.dataset, config.manifest)
     labels = tuple(name.strip() for name in config.labels.split(",") if name.strip())
-    spec = choose_task(manifest, task=config.task, labels=labels, where=config.where)
-    tasks = [make_task(found, spec, allow_leak=config.allow_leak) for found in complete_sets(store, config)]
-    jobs = [(task, features) for task in tasks for features in choose_features(task.features, config.features)]
+    spec = choose_task(manifest, task=config.task, labels=labels, where=config.where, reading=reading)
+    sets = complete_sets(store, config)
+    if reading.policies:
+        specs = policy_specs(spec, reading.policies)
+        by_set = [[make_task(found, item, allow_leak=config.allow_leak) for item in specs.values()] for found in sets]
+        jobs = []
+        for tasks in by_set:
+            for features in choose_features(tasks[0].features, config.features):
+                compare = PolicyComparison(list(specs), resamples=config.resamples, seed=config.seed)
+                jobs += [Job(task, features, compare) for task in tasks]
+    else:
+        made = [make_task(found, spec, allow_leak=config.allow_leak) for found in sets]
+        if reading.tests:
+            made = [
+                task
+                for name, other in reading.tests
+                for task in _tested_on(store, made, (name, other), config, reading)
+            ]
+        jobs = [Job(task, features) for task in made for features in choose_features(task.features, config.features)]
     records = []
     folder = config.results or store.path / "results"
-    opened = times_opened(folder, config.dataset)
+    opened = times_opened(folder)
     with progress(len(jobs)) if progress else nullcontext(lambda _: None) as advance:
-        for task, features in jobs:
-            opened[task.digest] += 1
-            records.append(evaluate_one(probe, task, features, config, head, folder=folder, opened=opened[task.digest]))
+        for job in jobs:
+            opened[job.task.test_key] += 1
+            # Records from before test splits had a key are counted by their task.
+            times = opened[job.task.test_key] + opened[job.task.digest]
+            records.append(evaluate_one(probe, job, config, head, reading=reading, folder=folder, opened=times))
             advance(1)
     return records
 
 
-def times_opened(folder: Place, dataset: str) -> Counter[str]:
-    """Task digest -> number of records that saw its test split; damaged records are told and passed over."""
+def _tested_on(
+    store: Store, tasks: list[Task], other: tuple[str, str | None], config: EvalConfig, reading: TaskConfig
+) -> list[CrossTask]:
+    """The tasks with the test rows of another data set, under the task that is named, or the one that fits best."""
+    dataset, name = other
+    manifest, reading = store.manifest(dataset), replace(reading, train_policy=None)
+    crossed = []
+    for task in tasks:
+        if name is None:
+            spec, chosen = best_task(task, manifest, reading)
+        else:
+            spec, chosen = choose_task(manifest, task=name, reading=reading), ""
+        target = make_task(matching_set(store, task.features, dataset), spec, allow_leak=config.allow_leak)
+        crossed.append(cross_task(task, target, store=store, allow_leak=config.allow_leak, chosen=chosen))
+    return crossed
+
+
+def times_opened(folder: Place) -> Counter[str]:
+    """Key of a test split -> number of records that saw it, whatever their task, also as another data set's test.
+
+    Records from before there was a key count by the digest of their task; damaged ones are told and passed over.
+    """
     found: Counter[str] = Counter()
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         try:
@@ -90,8 +125,7 @@ def times_opened(folder: Place, dataset: str) -> Counter[str]:
         except CorruptError as error:
             logging.getLogger(__name__).warning("not counted: %s", error)
             continue
-        if record["dataset"] == dataset:
-            found[record["task"]["digest"]] += 1
+        found[record.get("test_key") or record["task"]["digest"]] += 1
     return found
 
 
@@ -103,7 +137,7 @@ def complete_sets(store: Store, config: EvalConfig) -> list[FeatureSet]:
         line = f"featstore extract --dataset {config.dataset} --model {model}" + (
             f" --res {resolution}" if resolution else ""
         )
-        have = ", ".join(entry.name for entry in store.entries(config.dataset)) or "none"
+        have = ", ".join(entry.name for entry in store.find(config.dataset)) or "none"
         raise UnknownNameError(
             f"no set of {config.dataset!r} matches {config.model or 'any model'!r}; it has {have}; run\n  {line}"
         )
@@ -143,15 +177,17 @@ def choose_features(features_set: FeatureSet, asked: str | None) -> list[str]:
 
 
 def evaluate_one(
-    probe: str, task: Task, features: str, config: EvalConfig, head: Any, *, folder: Place, opened: int
+    probe: str, job: Job, config: EvalConfig, head: Any, *, reading: TaskConfig, folder: Place, opened: int
 ) -> dict[str, Any]:
-    """Fit one probe on one set and feature, and keep its record, the `opened`-th that sees this task's test split."""
+    """Fit one probe on one set and feature, and keep its record, the `opened`-th that sees this test split."""
     started = time.monotonic()
-    fitted: Fitted = resolve_name(PROBES[probe])(task, features, head)
-    rows = {split: task.index(split) for split in ("train", "val", "test")}
-    val = fitted.val_metrics or score(task, rows["val"], fitted.val_scores, resamples=0, seed=config.seed)
-    test = score(task, rows["test"], fitted.test_scores, resamples=config.resamples, seed=config.seed)
+    task = job.task
+    fitted: Fitted = resolve_name(PROBES[probe])(task, job.features, head)
+    val = fitted.val_metrics or score(task, "val", fitted.val_scores, resamples=0, seed=config.seed)
+    test = score(task, "test", fitted.test_scores, resamples=config.resamples, seed=config.seed)
     source = task.features
+    tested = task.target.features if isinstance(task, CrossTask) else source
+    known = source.manifest.meta["groups_known"] and tested.manifest.meta["groups_known"]
     record = {
         "probe": probe,
         "dataset": config.dataset,
@@ -162,26 +198,18 @@ def evaluate_one(
         "preprocess": source.spec["identity"].get("preprocess"),
         "compute_dtype": source.spec["identity"].get("compute_dtype"),
         "manifest": source.manifest.digest,
-        "task": {
-            "name": task.name,
-            "digest": task.digest,
-            "kind": task.kind,
-            "labels": list(task.labels),
-            "spec": task.spec.as_dict(),
-            "unit": "image",
-            "splits": {split: len(index) for split, index in rows.items()},
-            "patients": {split: len(set(task.groups[index].tolist())) for split, index in rows.items()},
-            "groups_known": source.manifest.meta["groups_known"],
-            "split_origin": source.manifest.meta["split_origin"],
-            "notes": list(task.notes),
-        },
-        "features": features,
-        "config": {"evaluation": asdict(config), "head": asdict(head)},
+        "groups": "known" if known else "unknown",
+        "task": _task_facts(task, known),
+        **({"test": _test_facts(task.target)} if isinstance(task, CrossTask) else {}),
+        **({"sensitivity": job.compare(task, fitted, test)} if job.compare is not None else {}),
+        "features": job.features,
+        "config": {"evaluation": asdict(config), "task": asdict(reading), "head": asdict(head)},
         "choices": fitted.choices,
         "metrics": {"val": val, "test": test},
-        "num_failed": len(source.failures),
-        "num_masked": _masked(task, rows),
+        "num_failed": len(source.failures) + (len(tested.failures) if tested is not source else 0),
+        "num_masked": _masked(task),
         "test_opened": opened,
+        "test_key": task.test_key,
         "seed": config.seed,
         "cost": {
             "seconds": round(time.monotonic() - started, 3),
@@ -189,14 +217,51 @@ def evaluate_one(
             "trainable_parameters": fitted.num_parameters,
             "gpu_seconds": 0.0,
         },
-        "deviations": [],
+        "deviations": list(task.spec.deviations),
         "pretraining_overlap": "no" if source.random else "unknown",
         "notes": list(fitted.notes),
     }
-    path = save_record(
-        folder, record, prediction_columns(task, {"val": _val_scores(fitted, rows), "test": fitted.test_scores})
-    )
-    return load_records_at(path)
+    predictions = prediction_columns(task, {"val": fitted.val_scores, "test": fitted.test_scores})
+    return load_records_at(save_record(folder, record, predictions))
+
+
+def _task_facts(task: Task, groups_known: bool) -> dict[str, Any]:
+    """The task as a record states it; `splits` count units, `images` the images behind them."""
+    splits = {split: task.units(split) for split in SPLITS}
+    patients = {split: _groups(task, split) for split in SPLITS}
+    return {
+        "name": task.name,
+        "digest": task.digest,
+        "kind": task.kind,
+        "labels": list(task.labels),
+        "spec": task.spec.as_dict(),
+        "unit": task.spec.unit,
+        "pool": task.spec.pool if task.spec.unit != "image" else None,
+        "splits": {split: len(units.ids) for split, units in splits.items()},
+        "images": {split: len(units.number) for split, units in splits.items()},
+        "patients": {split: len(set(groups.tolist())) for split, groups in patients.items()},
+        "groups_known": groups_known,
+        "split_origin": task.features.manifest.meta["split_origin"],
+        "notes": list(task.notes),
+    }
+
+
+def _groups(task: Task, split: str) -> np.ndarray:
+    owner = task.target if isinstance(task, CrossTask) and split == "test" else task
+    return np.asarray(owner.groups[owner.index(split)])
+
+
+def _test_facts(target: Task) -> dict[str, Any]:
+    """Where the test rows of a cross-data-set test come from."""
+    return {
+        "dataset": target.features.manifest.name,
+        "set": target.features.name,
+        "fingerprint": target.features.fingerprint,
+        "manifest": target.features.manifest.digest,
+        "groups_known": target.features.manifest.meta["groups_known"],
+        "split_origin": target.features.manifest.meta["split_origin"],
+        "task": {"name": target.name, "digest": target.digest, "spec": target.spec.as_dict()},
+    }
 
 
 def load_records_at(path: Any) -> dict[str, Any]:
@@ -204,14 +269,6 @@ def load_records_at(path: Any) -> dict[str, Any]:
     return {**files.unseal(path.read_bytes(), path), "file": str(path)}
 
 
-def _val_scores(fitted: Fitted, rows: dict[str, np.ndarray]) -> np.ndarray:
-    """Scores of the validation rows only: after a refit the out-of-fold scores of val are the last rows."""
-    return fitted.val_scores[-len(rows["val"]) :] if len(rows["val"]) else fitted.val_scores[:0]
-
-
-def _masked(task: Task, rows: dict[str, np.ndarray]) -> dict[str, int]:
-    """Label entries that a split leaves out (blank or uncertain under its policy)."""
-    return {
-        split: int((~(task.mask_train if split == "train" else task.mask)[index]).sum())
-        for split, index in rows.items()
-    }
+def _masked(task: Task) -> dict[str, int]:
+    """Label entries that a split leaves out (blank or uncertain under its policy), of what a head sees."""
+    return {split: int((~task.samples(split, "train" if split == "train" else "eval").mask).sum()) for split in SPLITS}

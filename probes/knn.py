@@ -166,8 +166,11 @@ class KNNProbe:
             positive, labelled = total[:, :num_labels], total[:, num_labels:]
             none = labelled == 0
             self.unlabelled_[k] += none.sum(0)
-            # Sums of the same weights in another order can exceed each other by rounding.
-            yield np.where(none, self.prevalence_, np.minimum(positive / np.where(none, 1, labelled), 1))
+            yield np.where(none, self.prevalence_, self._bounded(positive / np.where(none, 1, labelled)))
+
+    def _bounded(self, share: Float[np.ndarray, "B L"]) -> Float[np.ndarray, "B L"]:
+        # Sums of the same weights in another order can exceed each other by rounding.
+        return np.asarray(np.minimum(share, 1))
 
     def _tile(self) -> int:
         """Queries at a time, so that similarities and votes stay within SCORE_BYTES."""
@@ -179,6 +182,48 @@ class KNNProbe:
         if not hasattr(self, "ks_"):
             raise TaskError("this probe is not fitted yet; call fit first")
         return self
+
+
+class KNNRegressor(KNNProbe):
+    """Similarity-weighted mean of the targets of the nearest training rows that are labelled for them.
+
+    `prevalence_` holds the targets' means, which stand in where no neighbour is labelled; weights as in `KNNProbe`.
+    """
+
+    def fit(
+        self,
+        X: Float[np.ndarray, "N D"],
+        y: np.ndarray,
+        mask: Bool[np.ndarray, "..."] | None = None,
+        *,
+        num_classes: int | None = None,
+    ) -> "KNNRegressor":
+        """Take the rows as the bank: `y` (N, T) numbers where `mask` (N, T) is true; `num_classes` stays None.
+
+        Raises:
+            TaskError: arrays that do not fit together, values that are not finite, no labelled row.
+            ConfigError: a k asked for by name above the bank's size, or a backend that is not there.
+        """
+        mask = np.ones(y.shape, dtype=bool) if mask is None else mask
+        if num_classes is not None or y.ndim != 2 or y.shape != mask.shape or len(y) != len(X):
+            raise TaskError(f"targets and mask of {len(X)} rows are (N, T); got {y.shape} and {mask.shape}")
+        if not np.isfinite(y[mask]).all():
+            raise TaskError("targets must be finite numbers; mask other rows out")
+        used = mask.any(1)
+        # The bank, its counts and its index are those of labels; the votes are replaced.
+        super().fit(X, mask.astype(np.int8), mask)
+        numbers = np.where(mask, y, 0).astype(np.float64)[used]
+        known = mask[used]
+        self.prevalence_ = numbers.sum(0) / np.maximum(known.sum(0), 1)
+        self._votes = np.hstack([numbers, known])
+        return self
+
+    def predict(self, X: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q T"]:
+        """Weighted means at `k_`; errors as in `scores`."""
+        return self.scores(X)[self.k_]
+
+    def _bounded(self, share: Float[np.ndarray, "B L"]) -> Float[np.ndarray, "B L"]:
+        return share
 
 
 def unit_rows(X: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:

@@ -80,7 +80,8 @@ def load_records(folder: Place, **equal: Any) -> list[dict[str, Any]]:
         record = files.unseal(path.read_bytes(), path)
         if all(record.get(key) == value for key, value in equal.items()):
             found.append({**record, "file": str(path)})
-    return sorted(found, key=lambda record: (record["time"], record["id"]))
+    # Times are whole seconds; of two records in one second the later one has seen its test split opened more often.
+    return sorted(found, key=lambda record: (record["time"], record.get("test_opened", 0), record["id"]))
 
 
 def load_predictions(record: dict[str, Any]) -> Any:
@@ -98,19 +99,21 @@ def load_predictions(record: dict[str, Any]) -> Any:
 
 
 def prediction_columns(task: Task, scores: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Sample id, group, split, then label, mask and score of every label for validation and test rows."""
-    ids = task.features.manifest.column("id")
+    """Id, group and split of every sample (or unit, then with its number of images), then label, mask and score of
+    every label for validation and test."""
     columns: dict[str, list[Any]] = {"id": [], "group": [], "split": []}
     for split, values in scores.items():
-        rows = task.index(split)
-        columns["id"] += [ids[row] for row in rows]
-        columns["group"] += [task.groups[row] for row in rows]
-        columns["split"] += [split] * len(rows)
+        y, mask, groups, ids = task.truth(split)
+        columns["id"] += ids
+        columns["group"] += groups.tolist()
+        columns["split"] += [split] * len(ids)
+        if task.unit_ids is not None:
+            columns.setdefault("images", []).extend(task.units(split).sizes.tolist())
         if task.kind == "multiclass":
-            columns.setdefault("label", []).extend(task.labels[number] for number in task.y[rows])
+            columns.setdefault("label", []).extend(task.labels[number] for number in y)
         for position, label in enumerate(task.labels):
-            if task.kind == "multilabel":
-                columns.setdefault(f"label:{label}", []).extend(task.y[rows, position].tolist())
-                columns.setdefault(f"mask:{label}", []).extend(task.mask[rows, position].tolist())
+            if task.kind != "multiclass":
+                columns.setdefault(f"label:{label}", []).extend(y[:, position].tolist())
+                columns.setdefault(f"mask:{label}", []).extend(mask[:, position].tolist())
             columns.setdefault(f"score:{label}", []).extend(values[:, position].tolist())
     return columns

@@ -4,9 +4,28 @@ together; within a table validation ranks and test is shown."""
 from collections.abc import Callable
 from typing import Any
 
+from probes.policies import POLICIES
 from probes.records import float_or_nan
+from probes.units import PLURALS
 
 Table = tuple[str, list[str], list[list[str]]]
+# Metrics of a table by kind of task: (name in the record, heading); the first one ranks, by validation.
+CLASSES = (
+    ("auroc", "AUROC"), ("auprc", "AUPRC"), ("accuracy", "accuracy"), ("balanced_accuracy", "balanced accuracy"),
+)  # fmt: skip
+COLUMNS = {
+    "multilabel": CLASSES,
+    "multiclass": CLASSES,
+    "regression": (
+        ("r2", "R2"), ("mae", "MAE"), ("rmse", "RMSE"), ("pearson", "Pearson r"), ("spearman", "Spearman rho"),
+    ),
+    "ordinal": (("qwk", "weighted kappa"), ("mae", "MAE in ranks"), ("spearman", "Spearman rho")),
+}  # fmt: skip
+
+
+def metrics_of(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """(name, heading) of the metrics that a record's kind of task has."""
+    return COLUMNS[record["task"]["kind"]]
 
 
 def protocol_key(record: dict[str, Any]) -> tuple[Any, ...]:
@@ -15,12 +34,16 @@ def protocol_key(record: dict[str, Any]) -> tuple[Any, ...]:
     evaluation = record["config"]["evaluation"]
     return (
         record["dataset"],
+        record["test"]["dataset"] if "test" in record else "",
         record["probe"],
         record["task"]["name"],
         record["task"]["digest"],
+        record["task"]["kind"],
         geometry,
         record["task"]["unit"],
-        tuple(sorted(record["config"]["head"].items(), key=str)),
+        record["task"].get("pool"),
+        # An option that was not given stands for its default, also in records from before there was one.
+        tuple(sorted(((key, value) for key, value in record["config"]["head"].items() if value is not None), key=str)),
         evaluation["resamples"],
         evaluation["seed"],
     )
@@ -37,18 +60,19 @@ def with_interval(value: Any, interval: dict[str, Any] | None) -> str:
 
 
 def describe_choice(record: dict[str, Any]) -> str:
-    """The chosen k or C, with a mark where it stands at the edge of its grid."""
+    """The chosen k, C or alpha, with a mark where it stands at the edge of its grid."""
     choices = record["choices"]
     if record["probe"] == "knn":
         return f"k={choices['k']}" + ("*" if choices["at_edge"] else "")
-    values = sorted(set(choices["C"].values()))
-    text = f"C={values[0]:.2g}" if len(values) == 1 else f"C={values[0]:.2g}..{values[-1]:.2g}"
+    name = "alpha" if "alpha" in choices else "C"
+    values = sorted(set(choices[name].values()))
+    text = f"{name}={values[0]:.2g}" if len(values) == 1 else f"{name}={values[0]:.2g}..{values[-1]:.2g}"
     return text + ("*" if any(choices["at_edge"].values()) else "")
 
 
 def ranked(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Best validation AUROC first."""
-    return sorted(records, key=lambda record: -_or(record["metrics"]["val"]["macro"]["auroc"], -1.0))
+    """Best on validation first: by AUROC, R2 or weighted kappa."""
+    return sorted(records, key=lambda record: -_or(record["metrics"]["val"]["macro"][metrics_of(record)[0][0]], -1e300))
 
 
 def _or(value: Any, default: float) -> float:
@@ -64,64 +88,102 @@ def task_name(task: dict[str, Any]) -> str:
     return ", ".join(columns) if len(columns) <= 3 else f"{', '.join(columns[:2])} and {len(columns) - 2} more labels"
 
 
-def macro_table(records: list[dict[str, Any]]) -> Table:
-    """One row a record."""
-    first = records[0]
-    task = first["task"]
-    known = task["groups_known"]
+def title_of(record: dict[str, Any]) -> str:
+    """Data set, probe, task, what is counted and how many, geometry."""
+    task = record["task"]
+    known, unit = task["groups_known"], task["unit"]
     counts = ", ".join(
-        f"{split} {task['splits'][split]}" + (f" ({task['patients'][split]})" if known else "")
+        f"{split} {task['splits'][split]}" + (f" ({task['patients'][split]})" if known and unit != "patient" else "")
         for split in ("train", "val", "test")
     )
-    unit = "images (patients)" if known else "images, patients unknown"
-    title = f"{first['dataset']} · probes {first['probe']} · {task_name(task)} · {unit}: {counts}"
-    if first["preprocess"]:
-        title += f" · {first['preprocess']['geometry']}"
-    columns = [
-        "set",
-        "features",
-        "val AUROC",
-        "test AUROC [95%]",
-        "AUPRC",
-        "accuracy",
-        "balanced accuracy",
-        "chosen",
-        "failed",
-    ]
+    what = PLURALS[unit] + ("" if unit == "patient" else " (patients)" if known else ", patients unknown")
+    if unit != "image":
+        what += f", {'features averaged' if task['pool'] == 'features' else task['pool'] + ' of scores'}"
+    dataset = record["dataset"] + (f" -> {record['test']['dataset']}" if "test" in record else "")
+    title = f"{dataset} · probes {record['probe']} · {task_name(task)} · {what}: {counts}"
+    return title + (f" · {record['preprocess']['geometry']}" if record["preprocess"] else "")
+
+
+def set_of(record: dict[str, Any]) -> str:
+    """The set without its data set; random weights are said."""
+    return str(record["set"].split("/", 1)[1]) + (" RANDOM WEIGHTS" if record["random_weights"] else "")
+
+
+def macro_table(records: list[dict[str, Any]]) -> Table:
+    """One row a record."""
+    metrics = metrics_of(records[0])
+    first = metrics[0][1]
+    columns = ["set", "features", f"val {first}", f"test {first} [95%]", *(heading for _, heading in metrics[1:])]
     rows = []
     for record in ranked(records):
         test = record["metrics"]["test"]
         intervals = test.get("intervals", {}).get("macro", {})
-        name = record["set"].split("/", 1)[1] + (" RANDOM WEIGHTS" if record["random_weights"] else "")
         rows.append(
             [
-                name,
+                set_of(record),
                 record["features"],
-                with_interval(record["metrics"]["val"]["macro"]["auroc"], None),
-                *(
-                    with_interval(test["macro"][metric], intervals.get(metric))
-                    for metric in ("auroc", "auprc", "accuracy", "balanced_accuracy")
-                ),
+                with_interval(record["metrics"]["val"]["macro"][metrics[0][0]], None),
+                *(with_interval(test["macro"][name], intervals.get(name)) for name, _ in metrics),
                 describe_choice(record),
                 str(record["num_failed"]),
             ]
         )
-    return title, columns, rows
+    return title_of(records[0]), [*columns, "chosen", "failed"], rows
 
 
 def label_table(record: dict[str, Any]) -> Table:
-    """One row a label of one record."""
-    test = record["metrics"]["test"]
+    """One row a label, class or target of one record."""
+    test, metrics = record["metrics"]["test"], metrics_of(record)
     intervals = {item["label"]: item for item in test.get("intervals", {}).get("per_label", [])}
+    counts = ("positives", "n") if metrics is CLASSES else ("n",)
     rows = []
     for item in test["per_label"]:
         bounds = intervals.get(item["label"], {})
-        metrics = [
-            with_interval(item[name], bounds.get(name)) for name in ("auroc", "auprc", "accuracy", "balanced_accuracy")
-        ]
-        rows.append([item["label"], str(item["positives"]), str(item["n"]), *metrics])
+        values = [with_interval(item[name], bounds.get(name)) for name, _ in metrics]
+        rows.append([item["label"], *(str(item[name]) for name in counts), *values])
     title = f"{record['set'].split('/', 1)[1]} · {record['features']}, by label (test)"
-    return title, ["label", "positives", "n", "AUROC [95%]", "AUPRC", "accuracy", "balanced accuracy"], rows
+    return title, ["label", *counts, f"{metrics[0][1]} [95%]", *(heading for _, heading in metrics[1:])], rows
+
+
+def sensitivity_table(records: list[dict[str, Any]]) -> Table:
+    """One row a training policy: macro AUROC on the same test rows, and its paired difference to the task's own."""
+    rows = []
+    for record in records:
+        entry, test = record["sensitivity"], record["metrics"]["test"]
+        own = entry["policy"] == entry["reference"]
+        auroc = with_interval(test["macro"]["auroc"], test.get("intervals", {}).get("macro", {}).get("auroc"))
+        difference = "-" if own else with_interval(entry["difference"]["auroc"], entry["difference"])
+        rows.append(
+            [
+                entry["policy"] + (" (the task's own)" if own else ""),
+                str(record["task"]["splits"]["train"]),
+                with_interval(record["metrics"]["val"]["macro"]["auroc"], None),
+                auroc,
+                difference,
+                describe_choice(record),
+            ]
+        )
+    first = records[0]
+    title = f"training policies · {title_of(first)} · {set_of(first)} · {first['features']}"
+    return title, ["policy", "train", "val AUROC", "test AUROC [95%]", "difference [95%]", "chosen"], rows
+
+
+def sensitivity_tables(records: list[dict[str, Any]]) -> list[tuple[Table, list[str]]]:
+    """(table, notes) for every set and feature whose records compare training policies; the latest of each counts."""
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for record in records:
+        key = protocol_key(record)
+        entry = record["sensitivity"]
+        # The task's digest differs by policy; that of the task's own stands for all.
+        key = (*key[:4], entry["reference_task"], *key[5:], record["fingerprint"], record["features"])
+        groups.setdefault(key, {})[entry["policy"]] = record
+    made = []
+    for group in groups.values():
+        reference = next(iter(group.values()))["sensitivity"]["reference"]
+        order = [reference, *(name for name in POLICIES if name != reference)]
+        members = [group[name] for name in order if name in group]
+        made.append((sensitivity_table(members), notes_of(members)))
+    return made
 
 
 def notes_of(records: list[dict[str, Any]]) -> list[str]:
@@ -131,22 +193,32 @@ def notes_of(records: list[dict[str, Any]]) -> list[str]:
         for note in [*record["task"]["notes"], *record["notes"]]:
             found[note] = None
         skipped = record["metrics"]["test"]["skipped"]
-        if skipped:
+        if skipped and metrics_of(record) is CLASSES:
             found[f"{skipped} labels have one class in the test split and no AUROC; the macro leaves them out"] = None
+        elif skipped:
+            found[f"{skipped} targets have one value in the test split; the macro leaves them out"] = None
+        if not record["task"]["groups_known"]:
+            found["groups: unknown; a patient may stand in two splits, and intervals take every sample for its own"] = (
+                None
+            )
         if record["num_failed"]:
             found[f"{record['set']}: {record['num_failed']} images failed and are left out"] = None
     if any(describe_choice(record).endswith("*") for record in records):
         found["* chosen at the edge of the grid: a wider grid could be better"] = None
     opened = max(record["test_opened"] for record in records)
-    found[f"the test split of this task has been scored {opened} times in this store"] = None
+    found[f"this test split has been scored {opened} times in this store, under any task and policy"] = None
     return list(found)
 
 
 def tables(records: list[dict[str, Any]]) -> list[tuple[Table, Table, list[str]]]:
-    """(macro table, labels of its best record, notes) for every group of comparable records."""
+    """(macro table, labels of its best record, notes) for every group of comparable records.
+
+    Records of a comparison of training policies have tables of their own (`sensitivity_tables`).
+    """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
-        groups.setdefault(protocol_key(record), []).append(record)
+        if "sensitivity" not in record:
+            groups.setdefault(protocol_key(record), []).append(record)
     for key, group in groups.items():  # the same set and features evaluated again: the latest stands for all
         groups[key] = list({(record["fingerprint"], record["features"]): record for record in group}.values())
     return [(macro_table(group), label_table(ranked(group)[0]), notes_of(group)) for group in groups.values()]
@@ -157,5 +229,9 @@ def print_tables(records: list[dict[str, Any]], show: Callable[..., None]) -> No
     for macro, labels, notes in tables(records):
         show(*macro, right=("failed",))
         show(*labels, right=("positives", "n"))
+        for note in notes:
+            print(f"  {note}")
+    for table, notes in sensitivity_tables([record for record in records if "sensitivity" in record]):
+        show(*table, right=("train",))
         for note in notes:
             print(f"  {note}")

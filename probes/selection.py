@@ -13,20 +13,25 @@ from jaxtyping import Float, Int
 from featstore.datasets.splits import seeded_rank
 from featstore.errors import TaskError
 from probes.configs import KnnConfig, LinearConfig
-from probes.knn import KNNProbe
+from probes.knn import KNNProbe, KNNRegressor
 from probes.logistic import DEFAULT_C, LogisticProbe, choose
 from probes.metrics import evaluate
-from probes.tasks import Task
+from probes.regression import evaluate_numbers
+from probes.ridge import DEFAULT_ALPHA, RidgeProbe
+from probes.scoring import measure
+from probes.tasks import Samples, Task
 
 NUM_FOLDS = 5
+REFIT_NOTE = f"refit on train and val; chosen by {NUM_FOLDS} group-wise folds; val shows their out-of-fold scores"
 MIN_POSITIVES = 10  # a label with fewer takes the pooled choice
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What a probe hands to evaluation: probabilities for validation and test rows, and how they came about.
+    """What a probe hands to evaluation: scores of what is counted in validation and test, and how they came about.
 
-    `val_metrics` are given where more than the validation rows were scored, as after a refit.
+    Scores are probabilities, or predicted numbers; images of one unit are pooled already. `val_metrics` are given
+    where more than the validation rows were scored, as after a refit.
     """
 
     val_scores: Float[np.ndarray, "V L"]
@@ -38,11 +43,18 @@ class Fitted:
 
 
 def check_two_classes(task: Task, split: str, y: np.ndarray, mask: np.ndarray) -> None:
-    """At least one label must have both classes in a split, or nothing can be fitted, chosen or scored there.
+    """At least one label must have both classes (a target two values) in a split, or nothing can be fitted or scored.
 
     Raises:
         TaskError: none has; the message says what there is.
     """
+    if task.kind in ("regression", "ordinal"):
+        if max(len(np.unique(y[mask[:, column], column])) for column in range(y.shape[1])) < 2:
+            raise TaskError(
+                f"task {task.name!r}: no target has two different values in {split} ({len(y)} samples); choose other "
+                "labels or splits"
+            )
+        return
     if task.kind == "multiclass":
         found = [len(np.unique(y[mask]))]
         counts = ", ".join(
@@ -72,33 +84,51 @@ def load(task: Task, features: str) -> dict[str, tuple[np.ndarray, np.ndarray, n
     for split in ("train", "val", "test"):
         X, y, mask, groups, _ = task.arrays(split, features)
         check_two_classes(task, split, y, mask)
+        if split != "train":
+            truth = task.truth(split)
+            check_two_classes(task, split, truth.y, truth.mask)
         parts[split] = (X, y, mask, groups)
     return parts
 
 
-def macro_auroc(task: Task, y: np.ndarray, scores: Float[np.ndarray, "n L"], mask: np.ndarray) -> float:
-    return float(evaluate(y, scores, mask, kind=task.kind, labels=task.labels)["macro"]["auroc"])
+def macro_quality(task: Task, scores: Float[np.ndarray, "U L"], truth: Samples) -> float:
+    """What a choice for all labels maximises: macro AUROC, or R2 (the least squared error) of numbers and ranks."""
+    if task.kind == "multilabel" or task.kind == "multiclass":
+        found = evaluate(truth.y, scores, truth.mask, kind=task.kind, labels=task.labels)
+        return float(found["macro"]["auroc"])
+    values = target_quality(scores, truth)
+    return float(np.nanmean(values))
+
+
+def target_quality(scores: Float[np.ndarray, "U T"], truth: Samples) -> Float[np.ndarray, " T"]:
+    """R2 of each target; NaN where its truth is constant."""
+    count = scores.shape[1]
+    labels = [str(number) for number in range(count)]
+    found = evaluate_numbers(truth.y, scores, truth.mask, kind="regression", labels=labels)["per_label"]
+    return np.array([entry["r2"] for entry in found])
 
 
 def fit_knn(task: Task, features: str, config: KnnConfig) -> Fitted:
-    """k nearest neighbours with the DINO vote; one k for all labels, by macro AUROC on validation."""
+    """k nearest neighbours with the DINO vote (mean for numbers and ranks); one k for all labels, by validation."""
     parts = load(task, features)
     X, y, mask, _ = parts["train"]
+    numeric = task.kind in ("regression", "ordinal")
+    make = KNNRegressor if numeric else KNNProbe
     head = (
-        KNNProbe(temperature=config.temperature)
+        make(temperature=config.temperature)
         if config.counts is None
-        else KNNProbe(k=config.counts, temperature=config.temperature)
+        else make(k=config.counts, temperature=config.temperature)
     )
     head.fit(X, y, mask, num_classes=len(task.labels) if task.kind == "multiclass" else None)
-    X, y, mask, _ = parts["val"]
-    val = head.scores(X)
-    quality = {k: macro_auroc(task, y, scores, mask) for k, scores in val.items()}
+    truth = task.truth("val")
+    val = {k: task.pool("val", scores) for k, scores in head.scores(parts["val"][0]).items()}
+    quality = {k: macro_quality(task, scores, truth) for k, scores in val.items()}
     best = max(quality, key=lambda k: (quality[k], -k))
-    test = head.scores(parts["test"][0])[best]
+    test = task.pool("test", head.scores(parts["test"][0])[best])
     edge = len(quality) > 1 and best in (min(quality), max(quality))
     choices: dict[str, Any] = {
         "k": best,
-        "val_auroc": {str(k): value for k, value in quality.items()},
+        "val_r2" if numeric else "val_auroc": {str(k): value for k, value in quality.items()},
         "at_edge": edge,
         "dropped": list(head.dropped_k_),
         "backend": head.backend_,
@@ -113,54 +143,141 @@ def fit_knn(task: Task, features: str, config: KnnConfig) -> Fitted:
 
 
 def fit_linear(task: Task, features: str, config: LinearConfig) -> Fitted:
-    """Logistic regression; C per label (one for a categorical label) by AUROC on validation, out of fold with refit."""
+    """Logistic regression (ridge for numbers and ranks); C per label (one for a categorical label) by AUROC on
+    validation, alpha per target by R2, out of fold with refit."""
+    if task.kind == "regression" or task.kind == "ordinal":
+        return fit_ridge(task, features, config)
+    if config.alpha is not None:
+        raise TaskError(f"task {task.name!r}: --alpha is the penalty of ridge regression; labels and classes take --C")
     parts = load(task, features)
     grid = config.grid or DEFAULT_C
     if config.refit:
         return _fit_refit(task, parts, config, grid)
     head = _head(config, grid).fit(*parts["train"][:3], **_kind(task))
-    X, y, mask, _ = parts["val"]
-    per_C = probabilities_per_C(task, head, X)
-    index, pooled, edge = choose_C(task, per_C, y, mask)
+    truth = task.truth("val")
+    per_C = task.pool("val", probabilities_per_C(task, head, parts["val"][0]))
+    index, pooled, edge = choose_C(task, per_C, truth.y, truth.mask)
     choices = describe(task, head, index, pooled, edge)
     return Fitted(
-        head.probabilities(X, index),
-        head.probabilities(parts["test"][0], index),
+        task.pool("val", head.probabilities(parts["val"][0], index)),
+        task.pool("test", head.probabilities(parts["test"][0], index)),
         choices,
         head.coef_[0].size + head.coef_.shape[2],
         flags(choices),
     )
 
 
+def picked(per_C: Float[np.ndarray, "C n L"], index: Int[np.ndarray, " K"]) -> Float[np.ndarray, "n L"]:
+    """Scores at the chosen strength, one for all columns or one for each."""
+    return np.asarray(per_C[index, :, np.arange(per_C.shape[2])].T if len(index) > 1 else per_C[index[0]])
+
+
+@dataclass(frozen=True, slots=True)
+class Both:
+    """Train and validation together, as a refit needs them: what a head is fitted on, and what is scored of it."""
+
+    X: Float[np.ndarray, "n D"]
+    fitted: Samples
+    truth: Samples
+    num_train: int
+    num_scored: int
+
+    @classmethod
+    def of(cls, task: Task, parts: dict[str, Any]) -> "Both":
+        """Fitted under the training policy; out-of-fold scores stand in for validation and are read under the other."""
+        pairs = [(task.samples(split, "train"), task.truth(split)) for split in ("train", "val")]
+        X = np.concatenate([parts["train"][0], parts["val"][0]])
+        fitted, truth = (_joined(pairs[0][part], pairs[1][part]) for part in (0, 1))
+        return cls(X, fitted, truth, len(parts["train"][0]), len(pairs[0][1].ids))
+
+    def pool(self, task: Task, scores: Float[np.ndarray, "... n L"]) -> Float[np.ndarray, "... U L"]:
+        """Scores per unit; none has images in both splits."""
+        train = task.pool("train", scores[..., : self.num_train, :])
+        return np.concatenate([train, task.pool("val", scores[..., self.num_train :, :])], axis=-2)
+
+
+def _joined(a: Samples, b: Samples) -> Samples:
+    y, mask, groups = (np.concatenate([a[part], b[part]]) for part in range(3))
+    return Samples(y, mask, groups, [*a.ids, *b.ids])
+
+
 def _fit_refit(task: Task, parts: dict[str, Any], config: LinearConfig, grid: tuple[float, ...]) -> Fitted:
     """Choose by scores of group-wise folds over train and val, then fit on both."""
-    # Fitted under the training policy; out-of-fold scores stand in for validation and are read under the other.
-    X, groups = (np.concatenate([parts["train"][i], parts["val"][i]]) for i in (0, 3))
-    rows = np.concatenate([task.index("train"), task.index("val")])
-    y, mask = task.y_train[rows], task.mask_train[rows]
-    y_eval, mask_eval = task.y[rows], task.mask[rows]
-    per_C = np.full((len(grid), len(X), len(task.labels)), np.nan)
+    both = Both.of(task, parts)
+    y, mask, groups, _ = both.fitted
+    per_C = np.full((len(grid), len(both.X), len(task.labels)), np.nan)
     for held in folds(groups):
-        fold = _head(config, grid).fit(X[~held], y[~held], mask[~held], **_kind(task))
-        per_C[:, held] = probabilities_per_C(task, fold, X[held])
-    index, pooled, edge = choose_C(task, per_C, y_eval, mask_eval)
-    picked = per_C[index, :, np.arange(len(task.labels))].T if len(index) > 1 else per_C[index[0]]
-    head = _head(config, grid).fit(X, y, mask, **_kind(task))
+        fold = _head(config, grid).fit(both.X[~held], y[~held], mask[~held], **_kind(task))
+        per_C[:, held] = probabilities_per_C(task, fold, both.X[held])
+    per_C = both.pool(task, per_C)
+    truth = both.truth
+    index, pooled, edge = choose_C(task, per_C, truth.y, truth.mask)
+    head = _head(config, grid).fit(both.X, y, mask, **_kind(task))
     choices = describe(task, head, index, pooled, edge)
     choices["folds"] = NUM_FOLDS
-    metrics = dict(evaluate(y_eval, picked, mask_eval, kind=task.kind, labels=task.labels))
+    chosen = picked(per_C, index)
+    metrics = dict(evaluate(truth.y, chosen, truth.mask, kind=task.kind, labels=task.labels))  # type: ignore[arg-type]
     metrics["scored"] = "train and val, out of fold"
     return Fitted(
-        picked[len(parts["train"][0]) :],
-        head.probabilities(parts["test"][0], index),
+        chosen[both.num_scored :],
+        task.pool("test", head.probabilities(parts["test"][0], index)),
         choices,
         head.coef_[0].size + head.coef_.shape[2],
-        (
-            f"refit on train and val; chosen by {NUM_FOLDS} group-wise folds; val shows their out-of-fold scores",
-            *flags(choices),
-        ),
+        (REFIT_NOTE, *flags(choices)),
         metrics,
     )
+
+
+def fit_ridge(task: Task, features: str, config: LinearConfig) -> Fitted:
+    """Ridge regression on numbers or ranks; alpha per target by R2 on validation, out of fold with refit.
+
+    Raises:
+        TaskError: an option that has no meaning for numbers.
+    """
+    for flag, given in (("--C", config.C is not None), ("--class-weight", config.class_weight != "none")):
+        if given:
+            raise TaskError(f"task {task.name!r} is fitted by ridge regression, which takes --alpha, not {flag}")
+    parts = load(task, features)
+    grid = config.alphas or DEFAULT_ALPHA
+    notes: tuple[str, ...] = ()
+    metrics = None
+    if config.refit:
+        both = Both.of(task, parts)
+        X, (y, mask, groups, _) = both.X, both.fitted
+        per_alpha = np.full((len(grid), len(X), len(task.labels)), np.nan)
+        for held in folds(groups):
+            fold = RidgeProbe(alpha=grid, standardize=config.standardize).fit(X[~held], y[~held], mask[~held])
+            per_alpha[:, held] = fold.predict(X[held])
+        per_alpha, truth, skip = both.pool(task, per_alpha), both.truth, both.num_scored
+        head = RidgeProbe(alpha=grid, standardize=config.standardize).fit(X, y, mask)
+        notes = (REFIT_NOTE,)
+    else:
+        head = RidgeProbe(alpha=grid, standardize=config.standardize).fit(*parts["train"][:3])
+        per_alpha, truth, skip = task.pool("val", head.predict(parts["val"][0])), task.truth("val"), 0
+    index = choose_alpha(per_alpha, truth)
+    chosen = picked(per_alpha, index)
+    if config.refit:
+        metrics = measure(task, truth.y, chosen, truth.mask) | {"scored": "train and val, out of fold"}
+    test = picked(head.predict(parts["test"][0]), index)
+    edge = (len(grid) > 1) & ((index == 0) | (index == len(grid) - 1))
+    choices = {
+        "alpha": {name: float(head.alpha_[number]) for name, number in zip(task.labels, index)},
+        "at_edge": {name: bool(value) for name, value in zip(task.labels, edge)},
+        **({"folds": NUM_FOLDS} if config.refit else {}),
+    }
+    parameters = head.coef_[0].size + head.coef_.shape[2]
+    return Fitted(chosen[skip:], task.pool("test", test), choices, parameters, notes, metrics)
+
+
+def choose_alpha(per_alpha: Float[np.ndarray, "A n T"], truth: Samples) -> Int[np.ndarray, " T"]:
+    """Grid number per target by R2; ties take the largest alpha, and a constant target the choice of the others."""
+    quality = np.array([target_quality(scores, truth) for scores in per_alpha])
+    defined = ~np.isnan(quality).any(0)
+    if not defined.any():
+        raise TaskError("no target varies among the validation rows, so no alpha can be chosen; pass a single --alpha")
+    last = len(quality) - 1
+    mean = last - int(quality[::-1, defined].mean(1).argmax())
+    return np.where(defined, last - np.where(defined, quality, 0)[::-1].argmax(0), mean)
 
 
 def folds(groups: np.ndarray, *, seed: int = 0) -> Iterator[np.ndarray]:
@@ -200,10 +317,12 @@ def choose_C(
         count = 1 if task.kind == "multiclass" else len(task.labels)
         return np.zeros(count, np.int64), np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
     if task.kind == "multiclass":
-        quality = np.array([[macro_auroc(task, y, scores, mask)] for scores in per_C])
+        quality = np.array(
+            [[evaluate(y, scores, mask, kind="multiclass", labels=task.labels)["macro"]["auroc"]] for scores in per_C]
+        )
         positives = np.array([MIN_POSITIVES])
     else:
-        metrics = [evaluate(y, scores, mask, kind=task.kind, labels=task.labels)["per_label"] for scores in per_C]
+        metrics = [evaluate(y, scores, mask, kind="multilabel", labels=task.labels)["per_label"] for scores in per_C]
         quality = np.array([[item["auroc"] for item in labels] for labels in metrics])
         positives = ((y == 1) & mask).sum(0)
     choice = choose(quality, positives, min_positives=MIN_POSITIVES)

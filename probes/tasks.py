@@ -1,53 +1,52 @@
-"""Tasks: which columns are labels, what blank and uncertain mean, which rows train, select and test.
+"""Tasks on sets: the arrays that a head is fitted on and scored with.
 
-Labels stay verbatim in the manifest; a task reads them under two policies, one for training and one for evaluation.
-No split ever has two roles.
+Labels stay verbatim in the manifest; a task reads them under two policies, one for training and one for evaluation
+(`probes.labels`), gives every sample one role (`probes.roles`) and gathers images into units (`probes.units`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real, Shaped
 
 from featstore import files
 from featstore.datasets.manifest import Manifest
-from featstore.datasets.splits import carve
 from featstore.errors import LeakError, TaskError, UnknownNameError
 from featstore.store.features import FeatureSet
+from probes.cells import column_cells
+from probes.configs import TaskConfig
 from probes.known import TASKS
-from probes.policies import Policy
+from probes.labels import TargetKind, blank_rows, check_spec, label_columns, read_targets, without_effect
+from probes.policies import named_policy
+from probes.roles import SPLITS, assign_roles, crossing_groups, group_of, kept_rows, parse_where, split_of
 from probes.taskspec import TaskSpec
-
-Kind = Literal["multilabel", "multiclass"]
-SPLITS = ("train", "val", "test")
-MAX_CLASSES = 1000
+from probes.units import Units, unit_ids
 
 
-def parse_where(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """`source=nih,view=AP|PA` as ((column, values), ...).
+class Samples(NamedTuple):
+    """Labels, masks, patients and names of images or units, in one order."""
 
-    Raises:
-        TaskError: a part without '=' or without a column.
-    """
-    parts = []
-    for part in text.split(","):
-        column, equals, values = part.partition("=")
-        if not equals or not column.strip():
-            raise TaskError(f"--where takes COLUMN=VALUE or COLUMN=VALUE|VALUE, comma-separated; got {part!r}")
-        parts.append((column.strip(), tuple(value.strip() for value in values.split("|"))))
-    return tuple(parts)
+    y: np.ndarray
+    mask: np.ndarray
+    groups: np.ndarray
+    ids: list[str]
 
 
 def choose_task(
-    manifest: Manifest, *, task: str | None = None, labels: Sequence[str] = (), where: str = ""
+    manifest: Manifest,
+    *,
+    task: str | None = None,
+    labels: Sequence[str] = (),
+    where: str = "",
+    reading: TaskConfig | None = None,
 ) -> TaskSpec:
-    """The task asked for by name, the one made of `labels`, or the data set's default.
+    """The task asked for by name, the one made of `labels`, or the data set's default, read as `reading` says.
 
     Raises:
-        UnknownNameError: no such task. TaskError: the data set has neither labels nor a default task.
+        UnknownNameError: no such task or policy. TaskError: the data set has neither labels nor a default task.
     """
     filters = parse_where(where) if where else ()
     if labels:
@@ -56,76 +55,84 @@ def choose_task(
         name = task or manifest.meta["default_task"]
         if name:
             if name not in TASKS:
-                raise UnknownNameError(
-                    f"unknown task {name!r}; known: {', '.join(TASKS)}; or name columns with --labels"
-                )
+                fitting = [known for known in TASKS if fits(manifest, known)]
+                known = ", ".join([*fitting, *(other for other in TASKS if other not in fitting)])
+                raise UnknownNameError(f"unknown task {name!r}; known: {known}; or name columns with --labels")
             spec = TASKS[name]
         elif manifest.meta["label_columns"]:
             columns = tuple(manifest.meta["label_columns"])
             spec = TaskSpec(name="labels:" + "+".join(columns), labels=columns)
         else:
             raise TaskError(f"data set {manifest.name!r} has no default task; name label columns with --labels")
-    if not filters:
-        return spec
-    return TaskSpec(
-        **{**{key: getattr(spec, key) for key in TaskSpec.__dataclass_fields__}, "where": (*spec.where, *filters)}
-    )
+    if filters:
+        spec = replace(spec, where=(*spec.where, *filters))
+    return spec if reading is None else read_as(spec, reading)
 
 
-NUMBERS = {"1": 1, "0": 0, "-1": -1}
-
-
-def _number(value: Any) -> int | None:
-    """1, 0 or -1 for `1`, `1.0`, `"-1.0"`, True ...; None for anything else."""
-    text = str(int(value)) if isinstance(value, bool) else str(value).strip()
-    return NUMBERS.get(text.removesuffix(".0"))
-
-
-def read_labels(values: list[Any], policy: Policy, label: str) -> tuple[Int[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
-    """(0/1, mask) of a 0/1/-1/blank column under a policy.
+def read_as(spec: TaskSpec, reading: TaskConfig) -> TaskSpec:
+    """The task with the policies, unit, pool, kind and classes that are asked for in place of its own.
 
     Raises:
-        TaskError: another value.
+        UnknownNameError: no such policy.
     """
-    uncertain = dict(policy.overrides).get(label, policy.uncertain)
-    y, mask = np.zeros(len(values), np.int8), np.zeros(len(values), dtype=bool)
-    for row, value in enumerate(values):
-        if value is None or value == "" or value != value:
-            mask[row] = policy.blank == "zero"
-            continue
-        number = _number(value)
-        if number is None:
-            raise TaskError(
-                f"label {label!r}: row {row + 1} says {value!r}; several labels together must be 0, 1, -1 or blank"
-            )
-        mask[row] = number >= 0 or uncertain != "mask"
-        y[row] = number == 1 or (number == -1 and uncertain == "one")
-    return y, mask
+    changes: dict[str, Any] = {}
+    for name in ("train_policy", "eval_policy"):
+        asked = getattr(reading, name)
+        if asked is not None:
+            changes[name] = named_policy(asked)
+    for name in ("unit", "pool", "kind"):
+        if getattr(reading, name) is not None:
+            changes[name] = getattr(reading, name)
+    if reading.unit == "image" and reading.pool is None:
+        changes["pool"] = "mean"  # a pool belongs to units of several images
+    if reading.classes:
+        changes["classes"] = tuple(name.strip() for name in reading.classes.split(","))
+    return replace(spec, **changes) if changes else spec
+
+
+def fits(manifest: Manifest, name: str) -> bool:
+    """Whether a data set offers a task, or has all of its columns."""
+    spec = TASKS[name]
+    return name in manifest.meta["tasks"] or not missing_columns(manifest, spec)
+
+
+def missing_columns(manifest: Manifest, spec: TaskSpec) -> list[str]:
+    """Columns that a task reads and the data set lacks."""
+    names = (*label_columns(spec), *(column for column, _ in spec.where), spec.split_column)
+    return [name for name in dict.fromkeys(names) if name not in manifest.table.column_names]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task on one set: the arrays that a head is fitted on and scored with.
+    """A task on one set.
 
-    `y` and `mask` are (N, L) for multilabel, (N,) class numbers and validity for multiclass; `role` is the split of
-    every sample as the task uses it ('' for unused).
+    `y` and `mask` are (N, L) for multilabel, regression and ordinal, (N,) class numbers and validity for multiclass;
+    `role` is the split of every image as the task uses it ('' for unused); `unit_ids` says what images belong
+    together, None where each is its own. `test_key` names the test split, whatever is read of it.
     """
 
     spec: TaskSpec
     features: FeatureSet
-    kind: Kind
+    kind: TargetKind
     labels: tuple[str, ...]
-    y_train: Int[np.ndarray, "N ..."]
+    y_train: Real[np.ndarray, "N ..."]
     mask_train: Bool[np.ndarray, "N ..."]
-    y: Int[np.ndarray, "N ..."]
+    y: Real[np.ndarray, "N ..."]
     mask: Bool[np.ndarray, "N ..."]
     role: np.ndarray
     groups: np.ndarray
     notes: tuple[str, ...] = field(default=())
+    unit_ids: Shaped[np.ndarray, " N"] | None = field(default=None)
+    test_key: str = field(default="")
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def pools_features(self) -> bool:
+        """Whether a head sees units rather than images."""
+        return self.unit_ids is not None and self.spec.pool == "features"
 
     @cached_property
     def digest(self) -> str:
@@ -135,22 +142,62 @@ class Task:
         )
 
     def index(self, split: str) -> Int[np.ndarray, " n"]:
-        """Manifest rows of a split that have features and at least one label."""
+        """Manifest rows of a split that have features and a label.
+
+        A unit with a label is scored (and with "features" also trained) with all of its images, labelled or not.
+        """
         if split not in SPLITS:
             raise TaskError(f"a split is one of {', '.join(SPLITS)}, got {split!r}")
         mask = self.mask_train if split == "train" else self.mask
         labelled = mask.any(1) if mask.ndim == 2 else mask
-        return np.flatnonzero((self.role == split) & labelled & self.features.ok)
+        usable = (self.role == split) & self.features.ok
+        if self.unit_ids is None or (split == "train" and not self.pools_features):
+            return np.flatnonzero(usable & labelled)
+        return np.flatnonzero(usable & np.isin(self.unit_ids, np.unique(self.unit_ids[usable & labelled])))
+
+    def samples(self, split: str, policy: Literal["train", "eval"]) -> Samples:
+        """What a head sees of a split, in the order of `arrays`, its labels read under a policy."""
+        return self._gathered(split, policy, self.pools_features)
+
+    def truth(self, split: str) -> Samples:
+        """What is scored of a split, images or units, its labels read under the evaluation policy."""
+        return self._gathered(split, "eval", self.unit_ids is not None)
+
+    def _gathered(self, split: str, policy: Literal["train", "eval"], gather: bool) -> Samples:
+        rows = self.index(split)
+        y, mask = (self.y_train, self.mask_train) if policy == "train" else (self.y, self.mask)
+        y, mask = y[rows], mask[rows]
+        if not gather:
+            ids = self.features.manifest.column("id")
+            return Samples(y, mask, self.groups[rows], [ids[row] for row in rows])
+        units = self.units(split)
+        y, mask = units.labels(y, mask, self.kind, self.spec.unit)
+        return Samples(y, mask, self.groups[rows][units.first], list(units.ids))
+
+    def units(self, split: str) -> Units:
+        """The rows of `index(split)` gathered by unit."""
+        rows = self.index(split)
+        ids = np.array(self.features.manifest.column("id"))[rows] if self.unit_ids is None else self.unit_ids[rows]
+        return Units.of(ids)
+
+    def pool(self, split: str, scores: Float[np.ndarray, "... n L"]) -> Float[np.ndarray, "... U L"]:
+        """Scores of what a head sees as scores of what is counted: pooled per unit by mean or maximum."""
+        if self.unit_ids is None or self.spec.pool == "features":
+            return scores
+        return self.units(split).pool(scores, self.spec.pool)
 
     def arrays(
         self, split: str, features: str = "cls+mean_patch"
-    ) -> tuple[Float[np.ndarray, "n D"], Int[np.ndarray, "n ..."], Bool[np.ndarray, "n ..."], np.ndarray, list[str]]:
-        """(X float32, y, mask, groups, ids) of one split; training rows under the training policy."""
-        rows = self.index(split)
-        y, mask = (self.y_train, self.mask_train) if split == "train" else (self.y, self.mask)
-        ids = self.features.manifest.column("id")
-        values = self._load(features)[rows].astype(np.float32)
-        return values, y[rows], mask[rows], self.groups[rows], [ids[row] for row in rows]
+    ) -> tuple[Float[np.ndarray, "n D"], Real[np.ndarray, "n ..."], Bool[np.ndarray, "n ..."], np.ndarray, list[str]]:
+        """(X float32, y, mask, groups, ids) of one split as a head sees it; training rows under the training policy.
+
+        Rows are images, or units where their features are pooled.
+        """
+        values = self._load(features)[self.index(split)]
+        if self.pools_features:
+            values = self.units(split).mean(values)
+        y, mask, groups, ids = self.samples(split, "train" if split == "train" else "eval")
+        return values.astype(np.float32), y, mask, groups, ids
 
     def _load(self, features: str) -> np.ndarray:
         cache = self.__dict__.setdefault("_loaded", {})
@@ -174,15 +221,15 @@ class Task:
         Raises:
             TaskError: the scores do not have one row per sample and one column per label or class.
         """
-        from probes.evaluation import score
+        from probes.scoring import score
 
-        rows = self.index(split)
-        if scores.shape != (len(rows), len(self.labels)):
+        count = len(self.samples(split, "eval").ids)
+        if scores.shape != (count, len(self.labels)):
             raise TaskError(
-                f"{split} has {len(rows)} samples and {len(self.labels)} labels or classes; "
+                f"{split} has {count} samples and {len(self.labels)} labels or classes; "
                 f"got scores of shape {scores.shape}"
             )
-        return score(self, rows, scores, resamples=resamples, seed=seed)
+        return score(self, split, self.pool(split, scores), resamples=resamples, seed=seed)
 
 
 def make_task(features: FeatureSet, spec: TaskSpec, *, allow_leak: bool = False) -> Task:
@@ -191,119 +238,108 @@ def make_task(features: FeatureSet, spec: TaskSpec, *, allow_leak: bool = False)
     Raises:
         UnknownNameError: a label or filter column is absent.
         TaskError: a label column is unusable, or a split has nothing to fit or score.
-        LeakError: a group crosses splits.
+        LeakError: a group or a unit crosses splits.
     """
     manifest = features.manifest
-    for name in (*spec.labels, *(column for column, _ in spec.where)):
-        if name not in manifest.table.column_names:
-            known = ", ".join(column for column in manifest.table.column_names if column not in ("content", "mtime_ns"))
-            raise UnknownNameError(f"data set {manifest.name!r} has no column {name!r}; its columns: {known}")
-    keep = np.ones(len(manifest), dtype=bool)
-    for column, values in spec.where:
-        texts = ("" if value is None else str(value) for value in manifest.column(column))
-        keep &= np.array([text in values for text in texts], dtype=bool)
-    if not keep.any():
-        raise TaskError(
-            f"no sample passes the filter {spec.where}; check the column's values with `featstore info {manifest.name}`"
-        )
-    groups = np.array(
-        [
-            group if group is not None else f"id:{sample}"
-            for group, sample in zip(manifest.column("group"), manifest.column("id"))
-        ]
-    )
-    role, notes = assign_roles(np.array(manifest.column("split"), dtype=object), groups, spec, keep)
-    crossing = crossing_groups(role, groups)
-    if crossing:
-        text = f"{len(crossing)} groups (patients) stand in more than one split, such as {crossing[0]!r}"
-        if not allow_leak:
-            raise LeakError(f"{text}; fix --split-column or --group-column, or pass --allow-leak to mark the record")
-        notes = (*notes, f"leak allowed: {text}")
-    kind, labels, train, evaluation = _read(manifest, spec, role != "")
+    _check_columns(manifest, spec)
+    check_spec(spec)
+    keep, notes = kept_rows(manifest, spec)
+    groups = group_of(manifest)
+    split, more = split_of(manifest, spec)
+    role, how = assign_roles(split, groups, spec, keep)
+    test_key = _test_key(manifest, role)
+    # What other rows say neither makes a class nor is an error.
+    columns = {name: column_cells(manifest.table.column(name), role != "") for name in label_columns(spec)}
+    targets = read_targets(columns, spec)
+    labelled, unlabelled = _labelled(manifest, spec, role != "")
+    role, dropped = _drop(role, targets.dropped_train, targets.dropped)
+    units = unit_ids(manifest, spec, role != "")
+    notes = (*notes, *more, *how, *without_effect(spec), *unlabelled, *dropped)
     task = Task(
-        spec, features, kind, labels, train[0], train[1], evaluation[0], evaluation[1], role.astype("U5"), groups, notes
+        spec,
+        features,
+        targets.kind,
+        targets.labels,
+        targets.y_train,
+        targets.mask_train & labelled.reshape(labelled.shape + (1,) * (targets.mask.ndim - 1)),
+        targets.y,
+        targets.mask & labelled.reshape(labelled.shape + (1,) * (targets.mask.ndim - 1)),
+        role.astype("U5"),
+        groups,
+        (*notes, *_leaks(role, groups, units, spec.unit, allow_leak)),
+        units,
+        test_key,
     )
-    for split in SPLITS:
-        if len(task.index(split)) == 0:
+    for name in SPLITS:
+        if len(task.index(name)) == 0:
             raise TaskError(
-                f"task {spec.name!r}: none of the {(role == split).sum()} {split} samples has a label and features; "
+                f"task {spec.name!r}: none of the {(role == name).sum()} {name} samples has a label and features; "
                 f"check the labels and `featstore info {features.name}`"
             )
     return task
 
 
-Labels = tuple[np.ndarray, np.ndarray]
-
-
-def _read(
-    manifest: Manifest, spec: TaskSpec, used: Bool[np.ndarray, " N"]
-) -> tuple[Kind, tuple[str, ...], Labels, Labels]:
-    # What other rows say neither makes a class nor is an error.
-    columns = [[value if keep else None for value, keep in zip(manifest.column(name), used)] for name in spec.labels]
-    if len(columns) == 1:
-        present = {value for value in columns[0] if value is not None and value != "" and value == value}
-        if any(_number(value) is None for value in present):
-            return _read_classes(columns[0], spec.labels[0])
-    both = []
-    for policy in (spec.train_policy, spec.eval_policy):
-        pairs = [read_labels(values, policy, name) for name, values in zip(spec.labels, columns)]
-        both.append((np.stack([y for y, _ in pairs], 1), np.stack([mask for _, mask in pairs], 1)))
-    return "multilabel", spec.labels, both[0], both[1]
-
-
-def _read_classes(values: list[Any], column: str) -> tuple[Kind, tuple[str, ...], Labels, Labels]:
-    """One categorical column: classes in sorted order, blank rows masked."""
-    texts = ["" if value is None or value != value else str(value) for value in values]
-    classes = tuple(sorted(set(texts) - {""}))
-    if len(classes) > MAX_CLASSES:
-        raise TaskError(
-            f"label {column!r} has {len(classes)} different values; a categorical label has at most {MAX_CLASSES}"
+def _check_columns(manifest: Manifest, spec: TaskSpec) -> None:
+    missing = missing_columns(manifest, spec)
+    if not missing:
+        return
+    if spec.name in TASKS:
+        offered = ", ".join(name for name in TASKS if fits(manifest, name)) or "none"
+        raise UnknownNameError(
+            f"task {spec.name!r} reads columns that data set {manifest.name!r} lacks: {', '.join(missing)}; tasks that "
+            f"fit it: {offered}; or name its columns with --labels"
         )
-    number = {name: index for index, name in enumerate(classes)}
-    y = np.array([number.get(text, 0) for text in texts], dtype=np.int64)
-    pair = (y, np.array([text != "" for text in texts], dtype=bool))
-    return "multiclass", classes, pair, pair
+    known = ", ".join(column for column in manifest.table.column_names if column not in ("content", "mtime_ns"))
+    raise UnknownNameError(f"data set {manifest.name!r} has no column {missing[0]!r}; its columns: {known}")
 
 
-def assign_roles(
-    split: np.ndarray, groups: np.ndarray, spec: TaskSpec, keep: Bool[np.ndarray, " N"]
+def _test_key(manifest: Manifest, role: np.ndarray) -> str:
+    """Digest of the test rows, before any policy leaves some out."""
+    ids = manifest.table.column("id").filter(role == "test").to_pylist()
+    return files.digest([manifest.digest, files.digest(ids)])
+
+
+def _labelled(
+    manifest: Manifest, spec: TaskSpec, used: Bool[np.ndarray, " N"]
+) -> tuple[Bool[np.ndarray, " N"], tuple[str, ...]]:
+    """Rows that somebody labelled, as far as the task asks for that, and a note on the others."""
+    if spec.unlabelled == "blank":
+        return np.ones(len(used), dtype=bool), ()
+    names = [name for name in manifest.meta["label_columns"] if name in manifest.table.column_names]
+    blank = blank_rows({name: column_cells(manifest.table.column(name), used) for name in names or label_columns(spec)})
+    count = int((blank & used).sum())
+    return ~blank, (f"masked: {count} rows that nobody labelled, blank in every label column",) if count else ()
+
+
+def _drop(
+    role: np.ndarray, train: Bool[np.ndarray, " N"], evaluation: Bool[np.ndarray, " N"]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Roles train, val, test from the splits of the manifest, and notes on how they came about; '' where not `keep`.
+    """Roles without the rows that a policy leaves out, and how many those are."""
+    notes = []
+    is_train = role == "train"
+    for where, dropped in ((is_train, train), (~is_train & (role != ""), evaluation)):
+        for name in SPLITS:
+            count = int((where & dropped & (role == name)).sum())
+            if count:
+                notes.append(f"{name}: {count} rows with an uncertain label left out")
+    return np.where((is_train & train) | (~is_train & evaluation), "", role), tuple(notes)
 
-    Without a test split the validation split is the test split; without a validation split (left), a tenth of the
-    training groups, drawn by seed, is. Which splits there are is asked of the whole manifest: a filter that empties
-    one never changes what another is for.
+
+def _leaks(
+    role: np.ndarray, groups: np.ndarray, units: np.ndarray | None, unit: str, allow_leak: bool
+) -> tuple[str, ...]:
+    """Notes on leaks that are allowed.
 
     Raises:
-        TaskError: no rows to train on, to select with or to test on.
+        LeakError: they are not.
     """
-    role = np.where(keep, split, "")
-    notes: list[str] = []
-    has_test, has_val = (split == "test").any(), (split == "val").any()
-    if not has_test:
-        role[role == "val"] = "test"
-        notes.append("test: the validation split, as there is no test split")
-    elif spec.selection == "carve":
-        role[role == "val"] = ""
-    if not has_test or not has_val or spec.selection == "carve":
-        train = np.flatnonzero(role == "train")
-        role[train[carve(groups[train].tolist(), fraction=0.1, seed=spec.seed)]] = "val"
-        notes.append(f"val: 10% of the training groups, seed {spec.seed}")
-    counts = {name: int((role == name).sum()) for name in SPLITS}
-    if min(counts.values()) == 0:
-        raise TaskError(
-            f"task {spec.name!r} needs samples to train, select and test on; it has "
-            + ", ".join(f"{name} {count}" for name, count in counts.items())
-            + "; check the split column and --where"
-        )
-    return role, tuple(notes)
-
-
-def crossing_groups(role: np.ndarray, groups: np.ndarray) -> list[str]:
-    """Groups with samples in more than one of train, val and test."""
-    used = role != ""
-    pairs = set(zip(groups[used].tolist(), role[used].tolist()))
-    seen: dict[str, int] = {}
-    for group, _ in pairs:
-        seen[group] = seen.get(group, 0) + 1
-    return sorted(group for group, count in seen.items() if count > 1)
+    for what, ids in (("groups (patients)", groups), (f"units ({unit})", units)):
+        crossing = crossing_groups(role, ids) if ids is not None else []
+        if crossing:
+            text = f"{len(crossing)} {what} stand in more than one split, such as {crossing[0]!r}"
+            if not allow_leak:
+                raise LeakError(
+                    f"{text}; fix --split-column or --group-column, or pass --allow-leak to mark the record"
+                )
+            return (f"leak allowed: {text}",)
+    return ()

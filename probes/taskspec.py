@@ -8,6 +8,7 @@ from probes.policies import Policy
 Kind = Literal["auto", "multilabel", "multiclass", "regression", "ordinal"]
 Unit = Literal["image", "volume", "study", "patient"]
 Pool = Literal["mean", "max", "features"]
+Unlabelled = Literal["blank", "mask"]
 PLAIN = Policy()  # uncertain and blank are masked
 
 
@@ -17,13 +18,15 @@ class TaskSpec:
 
     `labels` are columns of the manifest, or names that `merge` makes of several (1 where any of them is 1). `kind`
     "auto": one column with other values than 1, 0, -1 is multiclass, all else multilabel. `classes` are the values of
-    a multiclass or ordinal column in order; rows with other values are masked. `names` maps labels to the words that
-    data sets share, for a test on another data set. `where` keeps rows whose column has one of the values; `without`
-    leaves out rows by id. `split_column` is the column with train, val and test. `selection` says where validation
-    rows come from: the official split, or a seeded share of the training groups (then an official validation split
-    may be the test split). Scores of one `unit` are pooled (`mean`, `max`) before they are scored; "features" averages
-    the features of its images first, so that a head sees units. `source` is the paper or release; `deviations` say
-    what differs from it.
+    a multiclass or ordinal column in order; rows with other values are masked. `unlabelled` "mask" takes a row that is
+    blank in all label columns of the data set for one that nobody labelled, whatever a policy makes of a blank;
+    "blank" reads its blanks as those of any other. `names` maps labels to the words that data sets share, for a test
+    on another data set; other labels have the word of `probes.words`. `where` keeps rows whose column has one of the
+    values; `without` leaves out rows by id. `split_column` is the column with train, val and test. `selection` says
+    where validation rows come from: the official split, or a seeded share of the training groups (then an official
+    validation split may be the test split). Scores of one `unit` are pooled (`mean`, `max`) before they are scored;
+    "features" averages the features of its images first, so that a head sees units. `source` is the paper or release;
+    `deviations` say what differs from it.
     """
 
     name: str
@@ -43,6 +46,7 @@ class TaskSpec:
     pool: Pool = "mean"
     source: str = ""
     deviations: tuple[str, ...] = ()
+    unlabelled: Unlabelled = "blank"
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON; what came later is stated where it is not the default, so that old digests hold."""

@@ -112,8 +112,9 @@ def test_options_reach_the_adapter_that_knows_them() -> None:
         "group_column": "pid",
         "label_columns": ("a", "b"),
         "seed": 0,
+        "frames": None,
     }
-    assert RegisterConfig(split_seed=3).options("folder") == {"seed": 3}
+    assert RegisterConfig(split_seed=3, frames="all").options("folder") == {"seed": 3, "frames": "all"}
     assert RegisterConfig(allow_missing=True).options("chexpert") == {}
 
 
@@ -128,6 +129,7 @@ def test_options_reach_the_adapter_that_knows_them() -> None:
         ),
         ({"path_column": "file"}, "nih", "--path-column: only the table adapter takes these, not 'nih'"),
         ({"table": Path("t.csv")}, "chexpert", "--table: only the table adapter takes these"),
+        ({"frames": "all"}, "chexpert", "--frames all: the adapter 'chexpert' knows its own samples; leave it out"),
         ({"split_seed": 1}, "chexpert", "--split-seed: the adapter 'chexpert' has a split of its own"),
         (
             {"table": Path("t.csv"), "split_column": "s", "split_seed": 1},

@@ -131,7 +131,7 @@ def test_killed_runs_lose_nothing(tmp_path: Path, kills: int, count: int, capsys
 
 def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    register_pictures(store, tmp_path / "data", 400)
+    register_pictures(store, tmp_path / "data", 1200)  # some seconds of work, also where the machine is busy
     process = start(store)
     while num_committed(store) < 2 and process.poll() is None:
         time.sleep(0.002)

@@ -133,6 +133,16 @@ def test_a_sample_of_another_size_or_content_gets_a_new_row(tmp_path: Path) -> N
     assert ledger.preview_rows(folder, again, dict).tolist() == [17, 16]
 
 
+def test_a_file_that_was_changed_back_gets_its_old_row_back(tmp_path: Path) -> None:
+    folder = prepare(tmp_path, SPEC, make_manifest(["a", "b"]), [CLS])
+    edited, back = (make_manifest(["a", "b"], contents=[content, None]) for content in ("new", "old"))
+    assert ledger.add_rows(folder, edited, lambda: {0: "old"}).tolist() == [16, 1]
+    assert ledger.preview_rows(folder, back, lambda: {0: "other", 16: "new"}).tolist() == [-1, 1]
+    assert ledger.add_rows(folder, back, lambda: {0: "old", 16: "new"}).tolist() == [0, 1]
+    both = {0: "old", 16: "old"}
+    assert ledger.preview_rows(folder, back, lambda: both).tolist() == [16, 1], "of equal ones the latest"
+
+
 def test_contents_are_asked_for_only_where_the_manifest_states_one(tmp_path: Path) -> None:
     folder = prepare(tmp_path, SPEC, make_manifest(["a"]), [CLS])
 

@@ -95,7 +95,7 @@ def test_an_image_of_the_right_size_is_untouched(geometry: str, shape: tuple[int
     np.testing.assert_array_equal(as_floats, planes(image))
 
 
-@pytest.mark.parametrize("geometry", ["squash", "letterbox", "dino"])
+@pytest.mark.parametrize("geometry", ["squash", "letterbox", "dino", "short", "spline"])
 @pytest.mark.parametrize("quantise", ["uint8", "none"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (33, 47, 3), (7, 90)])
@@ -159,6 +159,8 @@ def test_dino_fills_any_target(rows: int, columns: int, height: int, width: int)
 
 
 def test_absurdly_long_images_are_refused() -> None:
+    with pytest.raises(DecodeError, match="1x200000000 pixels are too long a shape for the geometry short"):
+        preprocess(np.broadcast_to(np.zeros(1, np.uint8), (1, 200_000_000)), make_spec("short", 224, 224))
     with pytest.raises(DecodeError, match="1x20000 pixels are too long a shape for the geometry dino"):
         preprocess(np.zeros((1, 20000), np.uint8), make_spec("dino", 224, 224))
     with pytest.raises(DecodeError, match="20000x1 pixels are too long a shape to resize the short side to 256"):
@@ -217,6 +219,43 @@ def test_the_dictionary_is_canonical() -> None:
     assert len({spec, make_spec(), make_spec()}) == 2
 
 
+def test_equal_intensities_in_other_words_give_equal_dictionaries() -> None:
+    first, second = (make_spec(intensity=text) for text in ("window:40/400+clahe", "window:mediastinum + clahe:2.0/8"))
+    assert first == second
+    assert first.as_dict() == second.as_dict()
+    assert first.as_dict()["intensity"] == "window:-160..240+clahe:2/8"
+    assert make_spec(intensity="equalise").as_dict() != make_spec().as_dict()
+
+
+def test_the_dictionary_of_spline_says_that_nothing_is_antialiased() -> None:
+    described = make_spec("spline").as_dict()
+    assert (described["resample"], described["antialias"], described["resize_with"]) == (
+        "quadratic spline",
+        False,
+        "scipy",
+    )
+
+
+@pytest.mark.parametrize(
+    ("intensity", "voi"),
+    [("native", True), ("equalise", True), ("minmax", False), ("window:lung", False), ("bits:stored", False)],
+)
+def test_the_window_of_the_file_counts_for_native_alone(intensity: str, voi: bool) -> None:
+    spec = make_spec(intensity=intensity, dicom_mode="raw_minmax", decode="scaled", height=20, width=30)
+    assert spec.decoding.voi is voi
+    assert (spec.decoding.dicom_mode, spec.decoding.decode, spec.decoding.target) == ("raw_minmax", "scaled", (20, 30))
+
+
+@pytest.mark.parametrize(
+    "spec", [lambda: make_spec("spline", decode="scaled"), lambda: hf_spec(DINOV2, decode="scaled")]
+)
+def test_scaled_decoding_is_refused_where_pixels_are_those_of_others(spec: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"decode scaled changes pixels, and geometry (spline|hf) repeats those of oth"
+    ):
+        spec()
+
+
 def test_the_dictionary_of_hf() -> None:
     described = hf_spec(DINOV3).as_dict()
     assert (described["resample"], described["resize_with"], described["quantise"]) == ("bilinear", "torch", "none")
@@ -235,7 +274,7 @@ def test_the_dictionary_of_hf() -> None:
     ("changes", "reason"),
     [
         ({"height": 0}, "at least 1 pixel, got 0x32"),
-        ({"intensity": "log"}, "intensity must be one of minmax, native, got 'log'"),
+        ({"intensity": "log"}, r"intensity must be steps joined by '\+' out of native, minmax.*got 'log'"),
         ({"geometry": "hf"}, "geometry hf needs the checkpoint's preprocessor_config.json"),
         ({"processor": DINOV2}, "no other geometry takes one"),
         ({"mean": ()}, "mean and std must be three finite numbers each, std above 0"),
@@ -252,7 +291,7 @@ def test_specifications_that_cannot_be(changes: dict[str, Any], reason: str) -> 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"geometry": "stretch"}, "geometry must be one of squash, letterbox, dino, hf, got 'stretch'"),
+        ({"geometry": "stretch"}, "geometry must be one of squash, letterbox, dino, short, spline, hf, got 'stretch'"),
         ({"quantise": "int4"}, "quantise must be one of auto, uint8, none, got 'int4'"),
     ],
 )

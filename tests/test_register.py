@@ -1,6 +1,12 @@
-"""Registration: tables, folders, adapters by name, growth of a registered data set."""
+"""Registration: tables, folders, adapters by name, growth and edits of a registered data set, hashes, speed."""
 
+import hashlib
+import json
 import os
+import shutil
+import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +14,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import standins
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_sets import CLS, make_spec_of
 
+from cli.main import featstore
+from featstore import files
 from featstore.configs import RegisterConfig
 from featstore.datasets import DATASETS, choose_adapter, folder, read_source, table
-from featstore.datasets.manifest import Manifest, table_digest
-from featstore.datasets.source import Source
+from featstore.datasets.contents import hashing_cost
+from featstore.datasets.manifest import MISSING, Manifest, build, check_unchanged, table_digest
+from featstore.datasets.source import Source, build_table
 from featstore.datasets.splits import split_by_group
+from featstore.datasets.walk import find_files
 from featstore.errors import ConfigError, ManifestError, UnknownNameError
-from featstore.register import register
+from featstore.extraction.plan import committed_contents
+from featstore.inputs import Inputs
+from featstore.register import NO_CONTENT, register
+from featstore.store import commits, ledger
 from featstore.store.catalog import Store
+from featstore.store.commits import BlockWriter, RowState
+from featstore.store.layout import set_folder
 
 
 def images(root: Path, *names: str) -> Path:
@@ -252,7 +271,7 @@ def test_faults_of_folders(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="gone: no such folder"):
         folder.read(tmp_path / "gone")
     with pytest.raises(ManifestError, match=r"gone: cannot be read .*every folder below the root must be"):
-        folder.find_images(tmp_path / "gone")
+        find_files(tmp_path / "gone")
     with pytest.raises(ManifestError, match=r"no images \(.bmp, .*\) in this folder or below"):
         folder.read(tmp_path)
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"")
@@ -329,17 +348,6 @@ def test_growth_keeps_the_old_manifest_readable(root: Path, store_path: Path) ->
     assert again(store_path, root).digest == first.digest, "back to the first samples is back to the first manifest"
 
 
-def test_a_sample_that_went_and_came_back_changed_is_a_new_one(root: Path, store_path: Path) -> None:
-    first = again(store_path, root)
-    (root / "a.png").unlink()
-    again(store_path, root)
-    (root / "a.png").write_bytes(b"A.PNG")
-    third = again(store_path, root)
-    assert third.column("size") == first.column("size")
-    assert third.digest != first.digest
-    assert third.column("content")[0] is not None
-
-
 def test_moved_data_is_the_same_manifest_at_another_root(root: Path, store_path: Path) -> None:
     first = again(store_path, root)
     moved = root.rename(root.with_name("moved"))
@@ -348,11 +356,389 @@ def test_moved_data_is_the_same_manifest_at_another_root(root: Path, store_path:
     assert Store(store_path).manifest("mine").root == moved
 
 
-def test_registering_mends_a_damaged_manifest_and_trusts_no_file(root: Path, store_path: Path) -> None:
+def test_registering_mends_a_damaged_manifest(root: Path, store_path: Path) -> None:
     first = again(store_path, root)
     (store_path / "datasets" / "mine" / first.short / "manifest.parquet").write_bytes(b"")
     with pytest.raises(ManifestError, match="damaged"):
         Store(store_path).manifest("mine")
     second = again(store_path, root)
-    assert None not in second.column("content")
+    assert second.digest == first.digest, "nothing was computed from files of which nothing is known now"
     assert Store(store_path).manifest("mine").digest == second.digest
+
+
+# --- edits between registrations and extractions
+
+
+class World:
+    """A data set of three files, a store with two sets, and what the bytes were whenever a manifest was made."""
+
+    IDS = ("a.png", "b.png", "c.png")
+
+    def __init__(self, base: Path) -> None:
+        self.store_path, self.root = base / "store", base / "root0"
+        self.roots = 0
+        self.clock = 10**18
+        self.meant: dict[str, dict[str, str]] = {}
+        self.pending: list[tuple[Path, list[tuple[int, int, int]], dict[int, RowState]]] = []
+        for name in self.IDS:
+            self.write(name, "0")
+        self.register(False)
+
+    def write(self, name: str, letter: str) -> None:
+        self.root.mkdir(exist_ok=True)
+        self.clock += 10**9
+        (self.root / name).write_text(f"{name}{letter}")
+        os.utime(self.root / name, ns=(self.clock, self.clock))
+
+    def touch(self, name: str) -> None:
+        if (self.root / name).exists():
+            self.clock += 10**9
+            os.utime(self.root / name, ns=(self.clock, self.clock))
+
+    def hide(self, name: str, letter: str) -> None:
+        """Other bytes of equal size behind an unchanged time; whoever registers next hashes everything.
+
+        Not while a run goes on: nothing on the disk could tell which of them it has read.
+        """
+        path = self.root / name
+        if not self.pending and path.exists() and path.stat().st_size == len(f"{name}{letter}"):
+            time_ns = path.stat().st_mtime_ns
+            path.write_text(f"{name}{letter}")
+            os.utime(path, ns=(time_ns, time_ns))
+            self.register(True)
+
+    def remove(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+
+    def copy(self) -> None:
+        self.roots += 1
+        old, self.root = self.root, self.root.with_name(f"root{self.roots}")
+        self.root.mkdir()
+        for path in sorted(old.iterdir()):
+            shutil.copyfile(path, self.root / path.name)
+            self.touch(path.name)
+
+    def bytes_now(self) -> dict[str, str]:
+        return {name: sha(self.root / name) for name in self.IDS if (self.root / name).exists()}
+
+    def register(self, hashed: bool) -> None:
+        if self.root.is_dir() and any(self.root.iterdir()):
+            made, _ = register(self.store_path, "mine", self.root, RegisterConfig(hash=hashed))
+            self.meant[made.short] = self.bytes_now()
+
+    def start(self, which: int) -> None:
+        """What a run does before it commits: check the files, map the samples to rows, read what is missing."""
+        manifest = Store(self.store_path).manifest("mine")
+        try:
+            check_unchanged(manifest, np.arange(len(manifest)))
+        except ManifestError:
+            return
+        spec = make_spec_of(block_rows=2, dataset="mine", weights=str(which))
+        folder = set_folder(self.store_path, spec)
+        files.create_exclusive(folder / "spec.json", files.sealed(spec))
+        ledger.add_arrays(folder, [CLS])
+        rows = ledger.add_rows(folder, manifest, lambda: committed_contents(folder)).tolist()
+        ledger.write_metadata(folder, spec, ledger.read_ledger(folder))
+        now = {name: sha(manifest.root / name) for name in manifest.column("id")}
+        states = {row: RowState(now[sample]) for row, sample in zip(rows, manifest.column("id"))}
+        blocks = [item for item in ledger.read_ledger(folder).blocks(2) if not {*range(*item[1:])}.isdisjoint(rows)]
+        self.pending.append((folder, blocks, states))
+
+    def finish(self, num_blocks: int) -> None:
+        """The oldest run commits its first blocks, and dies before the others."""
+        if not self.pending:
+            return
+        folder, blocks, states = self.pending.pop(0)
+        for block, start, stop in blocks[:num_blocks]:
+            if block in commits.committed_blocks(folder, "cls"):
+                continue
+            with BlockWriter(folder, "cls", [CLS], block, start, stop, 2) as writer:
+                held = [states.get(row, RowState(NO_CONTENT, "left")) for row in range(start, stop)]
+                values = np.array([np.full(8, np.nan if item.reason else 1.0) for item in held], np.float16)
+                writer.append({"cls": values}, held)
+                writer.commit()
+
+    def check(self) -> None:
+        """What a set serves for a manifest was computed from the bytes that the manifest was last made from."""
+        for path in (self.store_path / "sets").glob("*/*/rows/*.parquet"):
+            ids, sizes, rows = ledger.read_mapping(path)
+            held = committed_contents(path.parent.parent)
+            for sample, size, row in zip(ids, sizes, rows.tolist(), strict=True):
+                if size != MISSING and held.get(row, NO_CONTENT) != NO_CONTENT:
+                    assert held[row] == self.meant[path.stem][sample], (path.stem, sample)
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+names = st.sampled_from(World.IDS)
+events = st.one_of(
+    st.tuples(st.just("write"), names, st.sampled_from(["0", "1", "1", "2", "longer"])),
+    st.tuples(st.just("touch"), names),
+    st.tuples(st.just("hide"), names, st.sampled_from(["0", "1", "2"])),
+    st.tuples(st.just("remove"), names),
+    st.tuples(st.just("copy")),
+    st.tuples(st.just("register"), st.booleans()),
+    st.tuples(st.just("register"), st.just(False)),
+    st.tuples(st.just("start"), st.integers(0, 1)),
+    st.tuples(st.just("finish"), st.integers(0, 3)),
+    st.tuples(st.just("finish"), st.just(9)),
+)
+
+
+def play(history: list[tuple[Any, ...]]) -> None:
+    with tempfile.TemporaryDirectory() as base:
+        world = World(Path(base))
+        for name, *values in history:
+            getattr(world, name)(*values)
+        world.check()
+        world.register(False)  # and so that what the last manifest is served is looked at too
+        world.start(0)
+        world.finish(9)
+        world.check()
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(events, min_size=4, max_size=10))
+def test_no_row_of_other_bytes_is_ever_served_for_a_manifest(history: list[tuple[Any, ...]]) -> None:
+    play(history)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
+@given(st.lists(events, min_size=4, max_size=24))
+def test_no_row_of_other_bytes_is_ever_served_for_a_manifest_full(history: list[tuple[Any, ...]]) -> None:
+    play(history)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def digests(world: World) -> str:
+    world.register(False)
+    return Store(world.store_path).manifest("mine").short
+
+
+def compute(world: World) -> int:
+    """Extract set 0; returns how many rows it has then, those of older bytes included."""
+    world.start(0)
+    world.finish(9)
+    world.check()
+    return sum(len(held) for held in map(committed_contents, (world.store_path / "sets").glob("*/*")))
+
+
+def test_touched_and_copied_files_leave_digest_and_rows_as_they_were(world: World) -> None:
+    first = digests(world)
+    assert compute(world) == 3
+    world.touch("a.png")
+    assert digests(world) == first
+    world.copy()
+    assert digests(world) == first
+    assert compute(world) == 3
+    assert Store(world.store_path).manifest("mine").root == world.root
+
+
+def test_an_edit_of_equal_size_after_extraction_recomputes_that_row_alone(world: World) -> None:
+    first = digests(world)
+    compute(world)
+    world.write("b.png", "1")
+    second = digests(world)
+    assert second != first
+    assert compute(world) == 4
+    world.touch("b.png")
+    assert digests(world) == second
+    world.write("b.png", "0")
+    assert digests(world) not in (first, second), "the row of the first manifest is another than the latest of its size"
+
+
+def test_an_edit_before_extraction_leaves_the_digest(world: World) -> None:
+    first = digests(world)
+    world.write("b.png", "1")
+    assert digests(world) == first
+    assert compute(world) == 3
+
+
+def test_two_roots_with_other_bytes_in_turn_have_two_manifests(world: World) -> None:
+    first = digests(world)
+    compute(world)
+    one = world.root
+    world.copy()
+    world.write("a.png", "1")
+    two = world.root
+    seen = []
+    for root in (two, one, two, one):
+        world.root = root
+        seen.append(digests(world))
+        compute(world)
+    assert seen[0] == seen[2]
+    assert seen[1] == seen[3]
+    assert len({first, *seen}) == 3
+
+
+def test_what_a_run_may_be_about_to_commit_is_in_doubt(world: World) -> None:
+    first = digests(world)
+    world.start(0)
+    world.write("a.png", "1")
+    assert digests(world) != first
+    world.finish(9)
+    world.check()
+
+
+def test_damaged_sets_put_every_changed_file_in_doubt(world: World) -> None:
+    first = digests(world)
+    compute(world)
+    for path in (world.store_path / "sets").glob("*/*/ledger/000001.json"):
+        path.write_text("{")
+    assert digests(world) == first, "nobody asks while files are as they were"
+    world.touch("a.png")
+    assert digests(world) != first
+    assert Store(world.store_path).manifest("mine").column("content") == [sha(world.root / "a.png"), None, None]
+
+
+# --- hashes
+
+
+def test_hashing_at_registration_reads_every_file_once(
+    root: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_table(root, csv_text("key,path", "1,a.png", "2,b.png", "3,a.png", "4,gone.png"))
+    config = RegisterConfig(table=Path("labels.csv"), id_column="key", allow_missing=True)
+    plain, _ = register(store_path, "mine", root, config)
+    assert plain.hashes() == [None] * 4
+    cost = hashing_cost(plain)
+    assert (cost.files, cost.bytes) == (2, 10)
+    read: list[str] = []
+    real = Inputs.hash
+
+    def note(self: Inputs, path: str) -> str:
+        read.append(path)
+        return real(self, path)
+
+    monkeypatch.setattr(Inputs, "hash", note)
+    told: list[tuple[int, int]] = []
+    for _ in range(2):
+        hashed, _ = register(
+            store_path, "mine", root, replace(config, hash=True), advance=lambda *done: told.append(done)
+        )
+    assert sorted(read) == ["a.png"] * 2 + ["b.png"] * 2, "each time what is there is read, once"
+    assert told == [(1, 2)] * 4
+    assert hashed.digest == plain.digest
+    assert hashed.hashes() == [sha(root / "a.png"), sha(root / "b.png"), sha(root / "a.png"), None]
+    assert register(store_path, "mine", root, config)[0].hashes() == hashed.hashes()
+    assert hashing_cost(hashed).files == 0
+
+
+def test_one_slow_file_does_not_decide_what_hashing_costs(
+    root: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, _ = register(store_path, "mine", root, RegisterConfig())
+    plain, count = hashing_cost(manifest).seconds, 0
+    real = Inputs.read
+
+    def slow(self: Inputs, path: str, *, first: int = -1) -> bytes:
+        nonlocal count
+        count += 1
+        if count == 1:
+            time.sleep(0.2)
+        return real(self, path, first=first)
+
+    monkeypatch.setattr(Inputs, "read", slow)
+    assert hashing_cost(manifest).seconds < plain + 0.1
+    assert count == 3
+
+
+def test_the_command_says_what_hashing_would_cost(
+    root: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*flags: str) -> str:
+        monkeypatch.setattr("sys.argv", ["featstore", "register", "mine", str(root), *flags])
+        with pytest.raises(SystemExit, match="0"):
+            featstore()
+        return capsys.readouterr().out
+
+    assert "  hashing all 3 files would read 17 B, about 1 s (--hash)" in run()
+    assert json.loads(run("--json"))["to_hash"] == {"files": 3, "bytes": 17, "seconds": 0.0}
+    assert "would read" not in run("--hash")
+
+
+def test_columns_of_a_table_that_are_called_like_places_stay_columns(root: Path, store_path: Path) -> None:
+    add_table(root, csv_text("path,part,volume,x,y,z", "a.png,left,2 ml,1,2,3", "b.png,right,,,,"))
+    result, _ = register(store_path, "mine", root, RegisterConfig(table=Path("labels.csv"), label_columns="part"))
+    assert result.column("part") == ["left", "right"]
+    assert result.column("volume") == ["2 ml", None]
+    assert result.place("part") == result.place("z") == [None, None]
+    assert result.meta["label_columns"] == ["part"]
+    second, _ = register(store_path, "mine", root, RegisterConfig(table=Path("labels.csv"), label_columns="part"))
+    assert second.digest == result.digest
+
+
+# --- speed
+
+
+def write_files(root: Path) -> int:
+    """A tiny file for every row of the tables of `standins.write_chexpert_tables`."""
+    count = 0
+    for table_name in ("train.csv", "valid.csv"):
+        for row in standins.read_rows(root / table_name):
+            path = root / row["Path"].removeprefix("CheXpert-v1.0/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"tiny")
+            count += 1
+    return count
+
+
+def seconds_to_register(store_path: Path, name: str, root: Path, config: RegisterConfig) -> float:
+    started = time.perf_counter()
+    register(store_path, name, root, config)
+    return time.perf_counter() - started
+
+
+def check_speed(tmp_path: Path, store_path: Path, num_rows: int, limit: float) -> None:
+    root = tmp_path / "CheXpert-v1.0"
+    standins.write_chexpert_tables(root, num_rows)
+    absent = seconds_to_register(store_path, "chexpert", root, RegisterConfig(allow_missing=True))
+    assert write_files(root) == num_rows + 234
+    present = seconds_to_register(store_path, "other", root, RegisterConfig(adapter="chexpert"))
+    again = seconds_to_register(store_path, "other", root, RegisterConfig(adapter="chexpert"))
+    assert max(absent, present, again) < limit, (absent, present, again)
+
+
+def test_a_large_table_registers_in_little_time(tmp_path: Path, store_path: Path) -> None:
+    check_speed(tmp_path, store_path, 5000, 3.0)  # the full one: 45 times as many in 10 s
+
+
+@pytest.mark.slow
+def test_a_table_as_large_as_chexpert_registers_within_ten_seconds(tmp_path: Path, store_path: Path) -> None:
+    check_speed(tmp_path, store_path, 223_414, 10.0)
+
+
+@pytest.mark.slow
+def test_a_million_slices_of_ten_thousand_volumes_register_in_proportion(tmp_path: Path, store_path: Path) -> None:
+    del store_path
+    (tmp_path / "data").mkdir()
+    for number in range(10_000):
+        (tmp_path / "data" / f"{number}.nii").write_bytes(b"tiny")
+    volumes = np.repeat(np.arange(10_000), 100)
+    slices = np.tile(np.arange(100), 10_000)
+    names = pa.array(np.char.add(volumes.astype(str), ".nii").tolist())
+    parts = pa.array([f"axis=axial&index={index}" for index in slices.tolist()])
+    ids = pa.array([f"{volume}/{index}" for volume, index in zip(volumes.tolist(), slices.tolist())])
+    reserved = {"id": ids, "path": names, "part": parts, "volume": names, "z": pa.array(slices)}
+    source = Source(
+        table=build_table(pa.table({"label": pa.array(slices)}), reserved),
+        root=tmp_path / "data",
+        adapter="table",
+        default_task=None,
+        tasks=(),
+        label_columns=("label",),
+        split_origin="none",
+        groups_known=False,
+        notes=(),
+    )
+    started = time.perf_counter()
+    first = build("x", source)
+    assert build("x", source, before=first).digest == first.digest
+    assert time.perf_counter() - started < 60.0

@@ -28,6 +28,9 @@ EVERYTHING: dict[str, Any] = {
     "fit": "floor",
     "dtype": "float32",
     "compute_dtype": "bfloat16",
+    "intensity": "windows:lung,mediastinum,bone",
+    "dicom_mode": "raw_minmax",
+    "decode": "scaled",
     "name": "mine",
     "block_rows": 512,
 }
@@ -38,7 +41,15 @@ def spec_of(config: SetConfig, compute_dtype: str) -> dict[str, Any]:
     return {"dataset": "cxr", "model": "m", "weights": {"kind": "hub"}, "request": request}
 
 
-@pytest.mark.parametrize("config", [SetConfig(model="tiny"), SetConfig(**EVERYTHING), SetConfig(model="x", res="98")])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SetConfig(model="tiny"),
+        SetConfig(**EVERYTHING),
+        SetConfig(model="x", res="98"),
+        SetConfig(model="tiny", published="xrv"),
+    ],
+)
 def test_a_request_comes_back_as_it_was(config: SetConfig) -> None:
     spec = spec_of(config, "bfloat16")
     assert config_of(spec) == replace(config, compute_dtype="bfloat16")
@@ -48,11 +59,17 @@ def test_the_command_is_the_one_that_was_typed() -> None:
     typed = command_of(spec_of(SetConfig(**EVERYTHING), "bfloat16"))
     assert typed == (
         "featstore extract --dataset cxr --model hf:some/dir --res 384x512 --weights '/w/a b' --tokens cls,patches "
-        "--layers=-4,-1 --geometry letterbox --fit floor --dtype float32 --compute-dtype bfloat16 --name mine "
+        "--layers=-4,-1 --geometry letterbox --fit floor --dtype float32 --compute-dtype bfloat16 "
+        "--intensity windows:lung,mediastinum,bone --dicom-mode raw_minmax --decode scaled --name mine "
         "--block-rows 512"
     )
     assert "/w/a b" in shlex.split(typed)
     assert command_of(spec_of(SetConfig(model="tiny"), "auto")) == "featstore extract --dataset cxr --model tiny"
+
+
+def test_intensities_are_quoted_for_the_shell() -> None:
+    typed = command_of(spec_of(SetConfig(model="tiny", intensity="minmax + clahe"), "auto"))
+    assert typed == "featstore extract --dataset cxr --model tiny --intensity 'minmax + clahe'"
 
 
 def test_arrays_added_later_are_asked_for_too() -> None:

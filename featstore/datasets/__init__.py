@@ -13,12 +13,39 @@ from featstore.errors import ConfigError, ManifestError, UnknownNameError
 
 # name -> function(root, **options) -> Source
 DATASETS = {
+    "ac34": "featstore.datasets.em:read_ac34",
+    "acdc": "featstore.datasets.cardiac:read_acdc",
+    "amos": "featstore.datasets.amos:read",
+    "autolaparo": "featstore.datasets.autolaparo:read",
+    "autopet": "featstore.datasets.pet:read_autopet",
+    "bcnb": "featstore.datasets.bcnb:read",
+    "brain-tumor": "featstore.datasets.brain_tumor:read",
+    "camelyon16": "featstore.datasets.camelyon:read_16",
+    "camelyon17": "featstore.datasets.camelyon:read_17",
+    "camus": "featstore.datasets.cardiac:read_camus",
     "chexpert": "featstore.datasets.chexpert:read",
+    "coco": "featstore.datasets.coco:read",
+    "cremi": "featstore.datasets.em:read_cremi",
+    "ct-rate": "featstore.datasets.ct_rate:read",
     "digits": "featstore.datasets.digits:read",
+    "edd2020": "featstore.datasets.edd2020:read",
+    "endovis18": "featstore.datasets.endovis:read",
     "folder": "featstore.datasets.folder:read",
+    "hecktor": "featstore.datasets.pet:read_hecktor",
+    "image-masks": "featstore.datasets.image_masks:read",
+    "kvasir-capsule": "featstore.datasets.kvasir:read",
+    "mimic-cxr": "featstore.datasets.mimic:read",
+    "montgomery": "featstore.datasets.tuberculosis:read_montgomery",
+    "msd": "featstore.datasets.msd:read",
     "nih": "featstore.datasets.nih:read",
+    "padchest": "featstore.datasets.padchest:read",
     "phantom": "featstore.datasets.phantom:read",
+    "rsna": "featstore.datasets.rsna:read",
+    "sars-cov-2": "featstore.datasets.sars_cov_2:read",
+    "shenzhen": "featstore.datasets.tuberculosis:read_shenzhen",
     "table": "featstore.datasets.table:read",
+    "vindr-cxr": "featstore.datasets.vindr:read_cxr",
+    "vindr-pcxr": "featstore.datasets.vindr:read_pcxr",
 }
 # These write their own images, so `register NAME` needs no root.
 GENERATED = ("digits", "phantom")
@@ -81,6 +108,27 @@ def _convert(adapter: str, key: str, text: str, hint: Any) -> Any:
                 return kind(text)
     names = " or ".join(kind.__name__ for kind in kinds)
     raise ConfigError(f"--option {key}: the adapter {adapter!r} takes {names} there; got {text!r}")
+
+
+def explain(adapter: str) -> str:
+    """What `featstore datasets NAME` prints: the adapter's own words, then its options and their defaults."""
+    module, _, name = DATASETS[adapter].partition(":")
+    # A file with several adapters explains each in its function.
+    text = inspect.getdoc(resolve_name(module) if name == "read" else resolve_name(DATASETS[adapter])) or ""
+    parameters = inspect.signature(resolve_name(DATASETS[adapter])).parameters.values()
+    options = [item for item in parameters if item.kind is item.KEYWORD_ONLY and item.name not in FLAGS]
+    hints = get_type_hints(resolve_name(DATASETS[adapter]))
+    lines = [f"  --option {item.name}={_shown(item.default)}  ({_choices(hints[item.name])})" for item in options]
+    return "\n".join([text, *(["", "Options of `featstore register`, with their defaults:", *lines] if lines else [])])
+
+
+def _shown(default: Any) -> str:
+    return "..." if default in (None, "") else str(default)
+
+
+def _choices(hint: Any) -> str:
+    kinds = [kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if kind is not type(None)]
+    return " or ".join(", ".join(map(str, get_args(kind))) or kind.__name__ for kind in kinds)
 
 
 def read_source(adapter: str, root: Path, **options: Any) -> Source:

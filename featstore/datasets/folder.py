@@ -1,56 +1,71 @@
-"""A folder of images: one sub-folder per class, or none; `train`, `val`, `test` above the classes are splits."""
+"""A folder of images: one sub-folder per class, or none; `train`, `val`, `test` above the classes are splits.
 
-import os
+Images are PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM (also without a suffix), NIfTI (of a pair the .hdr), MetaImage, NumPy
+and MATLAB or HDF5 arrays, in folders or inside .zip and .tar archives, which are read in place: `cxr.zip` counts as the
+folder it lies in.
+Of a volume every slice is a sample, of a DICOM or TIFF file the first picture; `--frames first` or `all` says
+otherwise.
+"""
+
 from pathlib import Path
 
-from featstore.datasets.source import Source
+from featstore.configs import Frames
+from featstore.datasets.expand import VOLUMES, expand
+from featstore.datasets.source import Source, build_table
 from featstore.datasets.splits import SPLIT_NAMES, split_by_group
-from featstore.datasets.table import with_reserved
-from featstore.errors import ConfigError, ManifestError
+from featstore.datasets.walk import find_files
+from featstore.errors import ConfigError, DecodeError, ManifestError
+from featstore.packs import list_members
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif"}
+SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".dcm", ".dicom", ".dic", ".ima", *VOLUMES,
+}  # fmt: skip
+ARCHIVES = (".zip", ".tar")
+PAIRS = (".hdr", ".hdr.gz")
 
 
 def find_images(root: Path) -> list[str]:
-    """Relative POSIX paths of all image files below `root`, sorted; hidden files and folders are left out.
+    """Relative paths of all images below `root`, members of archives as `cxr.zip!/a.png`, sorted.
 
-    Links to folders are followed, each folder is read once.
+    A file without a suffix is one if it is a DICOM file with its mark.
 
     Raises:
-        ManifestError: a folder cannot be read, or a name is not UTF-8.
+        ManifestError: as `find_files`; an archive that cannot be read.
     """
     found = []
-    seen = set()
-    for folder, folders, names in os.walk(root, onerror=_stop, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was walked already, or around in a circle
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                found.append((Path(folder) / name).relative_to(root).as_posix())
-    odd = [path for path in found if not _is_text(path)]
-    if odd:
-        raise ManifestError(f"{len(odd)} file names are not UTF-8, such as {odd[0]!r}; rename them")
+    for path in find_files(root):
+        name = path.rsplit("/", 1)[-1]
+        if path.lower().endswith(ARCHIVES):
+            found += [f"{path}!/{member}" for member in list_members(root / path) if _is_named(member)]
+        elif is_image(root, path) or ("." not in name and _has_mark(root / path)):
+            found.append(path)
     return sorted(found)
 
 
-def _stop(error: OSError) -> None:
-    # os.walk would pass over the folder, and its images would be absent without a word.
-    raise ManifestError(f"{error.filename}: cannot be read ({error.strerror}); every folder below the root must be")
+def is_image(root: Path, path: str) -> bool:
+    """Whether a file counts as an image by its name; a .hdr must be the header of a NIfTI pair, whose .img does not."""
+    from featstore.images.opening import kind_of_file
+
+    if path.lower().endswith(PAIRS):
+        try:
+            return not path.rsplit("/", 1)[-1].startswith(".") and kind_of_file(root / path) == "NIfTI"
+        except (DecodeError, OSError):
+            return False
+    return _is_named(path)
 
 
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _is_named(path: str) -> bool:
+    """By the name alone; half of a pair is no image where it cannot find the other half."""
+    name = path.rsplit("/", 1)[-1].lower()
+    return not name.startswith(".") and name.endswith(tuple(SUFFIXES)) and not name.endswith(PAIRS)
 
 
-def read(root: Path, *, seed: int = 0) -> Source:
+def _has_mark(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def read(root: Path, *, seed: int = 0, frames: Frames | None = None) -> Source:
     """Class = the folder that holds the image (null for images at the top); split = a first folder named as one.
 
     Without split folders the images are split 70/10/20, seeded; no patients are known.
@@ -65,7 +80,8 @@ def read(root: Path, *, seed: int = 0) -> Source:
     paths = find_images(root)
     if not paths:
         raise ManifestError(f"{root}: no images ({', '.join(sorted(SUFFIXES))}) in this folder or below")
-    parts = [Path(path).parts[:-1] for path in paths]
+    # An archive stands for the folder that it lies in.
+    parts = [tuple(part for part in Path(path).parts[:-1] if not part.endswith("!")) for path in paths]
     outside = [path for path, part in zip(paths, parts) if not part or part[0].lower() not in SPLIT_NAMES]
     split_folders = not outside
     found = {SPLIT_NAMES[part[0].lower()] for part in parts if part and part[0].lower() in SPLIT_NAMES}
@@ -82,18 +98,17 @@ def read(root: Path, *, seed: int = 0) -> Source:
     else:
         splits = split_by_group([f"id:{path}" for path in paths], seed=seed)
     labels = ["/".join(part) or None for part in parts]
-    nothing: list[str | None] = [None] * len(paths)
-    reserved: dict[str, list[str | None]] = {
-        "id": list(paths),
-        "path": list(paths),
-        "group": nothing,
-        "study": nothing,
-        "split": list(splits),
-        "mask_path": nothing,
+    expanded = expand(root, paths, frames)
+    reserved = {
+        "id": pa.array(expanded.ids(paths)),
+        "path": pa.array([paths[row] for row in expanded.rows]),
+        "split": pa.array([splits[row] for row in expanded.rows]),
+        **expanded.places(paths),
     }
+    table = pa.table({"label": pa.array([labels[row] for row in expanded.rows], pa.string())})
     classes = {label for label in labels if label is not None}
     return Source(
-        table=with_reserved(pa.table({"label": pa.array(labels, pa.string())}), reserved),
+        table=build_table(table, reserved),
         root=root,
         adapter="folder",
         default_task=None,
@@ -101,5 +116,5 @@ def read(root: Path, *, seed: int = 0) -> Source:
         label_columns=("label",) if len(classes) > 1 else (),
         split_origin="folders" if split_folders else f"seeded, 70/10/20, seed {seed}",
         groups_known=False,
-        notes=(),
+        notes=(f"{expanded.unread} files could not be opened; extraction says why",) if expanded.unread else (),
     )

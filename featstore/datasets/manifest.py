@@ -4,13 +4,13 @@ On disk: `<store>/datasets/<name>/<digest8>/manifest.parquet` (the samples) and 
 and the file `current`, which names the digest that commands use unless told otherwise.
 """
 
-import contextlib
 import hashlib
 import json
 import re
+import time
 import tomllib
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,8 +21,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from featstore import files
+from featstore.datasets.contents import MISSING as MISSING
+from featstore.datasets.contents import THREADS, Gather, History, settle
 from featstore.datasets.source import RESERVED, Source, check_inside, places_of
-from featstore.errors import ManifestError, UnknownNameError
+from featstore.errors import DecodeError, ManifestError, UnknownNameError
 from featstore.images.part import parse_part
 from featstore.inputs import Inputs
 from featstore.objects import Place
@@ -31,9 +33,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-MISSING = -1  # size of a file that was absent at registration
 # Written by registration, in this order, before the columns of the source.
 COLUMNS = ("id", "path", "size", "split", "group", "study", "mask_path", "content", "mtime_ns")
+# After those, where a hash is known. In older manifests a column of the source may be called so: the mark tells.
+HASH = "hash"
+_HIDDEN = "{} samples have the same size and time, other bytes than before; they are computed again"
+_PROBED = 256  # files that tell how fast the others will answer
+_LOCAL_SECONDS = 5e-5  # network file systems take ten times as long
+_HASH_MARK = {b"featstore": b"hash"}
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,16 @@ class Manifest:
         """A column that says where in its file, volume or slide a sample lies (`PLACES`); None where none was given."""
         return self.column(name) if name in self.meta.get("places", ()) else [None] * len(self)
 
+    def hashes(self) -> list[str | None]:
+        """Hash of each sample's file as it was at registration, where it was taken then (`register --hash`)."""
+        return self.column(HASH) if _has_hashes(self.table) else [None] * len(self)
+
     def column(self, name: str) -> list[Any]:
         """Python values of one column, null as None."""
         if name not in self.table.column_names:
-            known = ", ".join(column for column in self.table.column_names if column not in ("content", "mtime_ns"))
+            known = ", ".join(
+                column for column in self.table.column_names if column not in ("content", "mtime_ns", HASH)
+            )
             raise UnknownNameError(f"data set {self.name!r} has no column {name!r}; its columns: {known}")
         return list(self.table.column(name).to_pylist())
 
@@ -106,15 +119,19 @@ class _Stored(Manifest):
         return Manifest, (self.name, self.table, self.digest, self.meta)
 
 
+def _has_hashes(table: "pa.Table") -> bool:
+    return HASH in table.column_names and (table.schema.field(HASH).metadata or {}).items() >= _HASH_MARK.items()
+
+
 def table_digest(table: "pa.Table") -> str:
-    """SHA-256 over names, types and values of every column but `mtime_ns`; null differs from the empty string."""
+    """SHA-256 over names, types and values of every column but `mtime_ns` and our `hash`; null is not empty text."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
     total = hashlib.sha256()
     for name in table.column_names:
-        if name == "mtime_ns":
+        if name == "mtime_ns" or (name == HASH and _has_hashes(table)):
             continue
         column = table.column(name).combine_chunks()
         if isinstance(column, pa.ChunkedArray):
@@ -164,21 +181,40 @@ def check_ids(ids: Sequence[str | None]) -> None:
 
 
 def stat_files(root: Path, paths: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Size in bytes and mtime in ns of each file; MISSING and 0 where there is none (a folder is none)."""
+    """Size in bytes and mtime in ns of each file; MISSING and 0 where there is none (a folder is none).
 
+    Raises:
+        ManifestError: an archive, or a member of one, that cannot be used.
+    """
     inputs = Inputs(root)
 
-    def one(relative: str) -> tuple[int, int]:
-        try:
-            return inputs.stat(relative)
-        except (FileNotFoundError, NotADirectoryError):
-            return MISSING, 0
+    def some(names: list[str]) -> list[tuple[int, int]]:
+        return [_stat(inputs, name) for name in names]
 
     names = list(dict.fromkeys(paths))  # the slices of a volume share one file
-    with ThreadPoolExecutor(8) as pool:  # network file systems answer many at once
-        found = dict(zip(names, pool.map(one, names, chunksize=512)))
-    pairs = [found[path] for path in paths]
-    return [size for size, _ in pairs], [mtime for _, mtime in pairs]
+    started = time.perf_counter()
+    found = some(names[:_PROBED])
+    if (
+        time.perf_counter() - started
+    ) / _PROBED < _LOCAL_SECONDS:  # a local disk answers faster than threads take turns
+        found += some(names[_PROBED:])
+    else:
+        with ThreadPoolExecutor(THREADS) as pool:
+            rest = [names[i : i + 512] for i in range(_PROBED, len(names), 512)]
+            found += [fact for facts in pool.map(some, rest) for fact in facts]
+    if len(names) < len(paths):
+        facts = dict(zip(names, found))
+        found = [facts[path] for path in paths]
+    return [size for size, _ in found], [mtime for _, mtime in found]
+
+
+def _stat(inputs: Inputs, name: str) -> tuple[int, int]:
+    try:
+        return inputs.stat(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return MISSING, 0
+    except DecodeError as error:
+        raise ManifestError(f"{inputs.root / name}: {error}") from error
 
 
 def _check_places(table: "pa.Table") -> None:
@@ -196,52 +232,27 @@ def _check_places(table: "pa.Table") -> None:
             raise ManifestError(f"mask_path and mask_part must name equally many masks, got {masks!r} and {parts!r}")
 
 
-def _contents(root: Path, table: "pa.Table", before: Manifest | None, doubted: Collection[str]) -> "list[str | None]":
-    """Content hash of every file that may not be the one an earlier manifest means; None for the others.
-
-    A file is taken for the same while size and time stay. Once either changes, only the bytes can tell, also when
-    the size later returns to what it was: a digest that came back with it would name the old embeddings. The hash
-    then stays with the sample. So a touched file gives a new manifest, and its row in a set is found again by hash.
-    """
-    columns = ("id", "size", "mtime_ns", "content")
-    old = {row[0]: row[1:] for row in zip(*(before.column(name) for name in columns))} if before is not None else {}
-    result: list[str | None] = []
-    unsure: list[int] = []
-    names = ("id", "size", "mtime_ns", "path")
-    rows = list(zip(*(table.column(name).to_pylist() for name in names)))
-    for row, (sample, size, mtime, _) in enumerate(rows):
-        known = old.get(sample)
-        same = known is not None and known[:2] == (size, mtime)
-        result.append(known[2] if known is not None and same else None)
-        if size != MISSING and not same and (known is not None or sample in doubted):
-            unsure.append(row)
-    inputs = Inputs(root)
-    paths = list(dict.fromkeys(rows[row][3] for row in unsure))
-    with ThreadPoolExecutor(8) as pool:
-        contents = dict(zip(paths, pool.map(inputs.hash, paths)))
-    for row in unsure:
-        result[row] = contents[rows[row][3]]
-    return result
-
-
 def build(
     name: str,
     source: Source,
     *,
     allow_missing: bool = False,
     before: Manifest | None = None,
-    doubted: Collection[str] = (),
+    gather: Gather | None = None,
+    hash_all: bool = False,
+    advance: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Check a source and freeze it as a manifest.
 
-    `before` is the manifest that this one follows. Files that changed since, and those of the ids in `doubted` (which
-    stood in manifests before that one), are hashed. A source's column named like one of `COLUMNS` becomes
-    `source_<name>`.
+    `before` is the manifest that this one follows; `gather` tells what is known of earlier bytes, and is asked only for
+    samples whose file is not as `before` has it (see `contents`), or is read. `hash_all` reads every file now, and
+    notes how many have other bytes though size and time are the same; `advance` is told how many files were just read,
+    and of how many. A source's column named like one of `COLUMNS` or `hash` becomes `source_<name>`.
 
     Raises:
         ManifestError: bad name, no rows, missing or duplicate ids, an image or mask path outside the root, two columns
             of one name, missing files (unless `allow_missing`, which keeps their rows and lets extraction mark them
-            failed).
+            failed), an archive or member that cannot be used; see also `contents.settle`.
     """
     import pyarrow as pa
 
@@ -265,9 +276,7 @@ def build(
         )
     table = pa.table(
         {
-            **{
-                column: source.table.column(column) for column in ("id", "path", "split", "group", "study", "mask_path")
-            },
+            **{column: source.table.column(column) for column in RESERVED},
             "size": pa.array(sizes, pa.int64()),
             "mtime_ns": pa.array(mtimes, pa.int64()),
         }
@@ -275,13 +284,14 @@ def build(
     places = places_of(source.table)
     for column in places:
         table = table.append_column(column, source.table.column(column))
-    contents = _contents(source.root, table, before, doubted)
-    table = table.append_column("content", pa.array(contents, pa.string()))
-    table = table.select([*COLUMNS, *places])
+    settled = settle(source.root, table, before, gather, every=hash_all, advance=advance)
+    table = table.append_column("content", settled.content).select([*COLUMNS, *places])
+    if settled.hashes.null_count < len(table):
+        table = table.append_column(pa.field(HASH, pa.string(), metadata=_HASH_MARK), settled.hashes)
     renamed = {}
     for column in source.table.column_names:
         if column not in (*RESERVED, *places):
-            renamed[column] = f"source_{column}" if column in COLUMNS else column
+            renamed[column] = f"source_{column}" if column in (*COLUMNS, HASH) else column
             if renamed[column] in table.column_names:
                 raise ManifestError(
                     f"columns must have different names, but {renamed[column]!r} would appear twice; rename it"
@@ -295,7 +305,7 @@ def build(
         "label_columns": [renamed.get(column, column) for column in source.label_columns],
         "split_origin": source.split_origin,
         "groups_known": source.groups_known,
-        "notes": list(source.notes),
+        "notes": [*source.notes, *([_HIDDEN.format(settled.num_hidden)] if settled.num_hidden else [])],
         "missing": len(absent),
         **({"places": places} if places else {}),
         **({"mask_classes": list(source.mask_classes)} if source.mask_classes else {}),
@@ -372,14 +382,36 @@ def load(folder: Place, name: str, short: str | None = None) -> Manifest:
     return manifest
 
 
-def earlier_ids(folder: Place, name: str) -> set[str]:
-    """Ids of all manifests of a data set, the current one among them; damaged ones are passed over."""
-    import pyarrow as pa
+def earlier(folder: Place, name: str, ids: "pa.Array", extracted: Collection[str] = ()) -> History:
+    """What all manifests of a data set, the current one among them, say of these ids; damaged ones are passed over.
 
-    found: set[str] = set()
+    `extracted` are the short digests of the manifests that have rows in a set: their parts are told too.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found = History()
     for path in sorted((folder / name).glob("*/manifest.parquet")):
-        with contextlib.suppress(pa.ArrowException, OSError):
-            found.update(files.read_parquet(path.read_bytes(), ["id"]).column("id").to_pylist())
+        try:
+            table = files.read_parquet(path.read_bytes())
+        except (pa.ArrowException, OSError):
+            continue
+        table = table.filter(pc.is_in(table.column("id"), value_set=ids))
+        held = table.column("id").to_pylist()
+        for column in ("content", *([HASH] if _has_hashes(table) else [])):
+            for sample, value in zip(held, table.column(column).to_pylist()):
+                if value is not None:
+                    found.hashes.setdefault(sample, set()).add(value)
+                    if column == "content":
+                        found.stated.add(sample)
+        if path.parent.name in extracted:
+            try:  # the table says not which of its columns are places
+                places = _read_source(path.with_name("source.toml")).get("places", ())
+            except (OSError, ValueError):
+                continue
+            parts = table.column("part").to_pylist() if "part" in places else [None] * len(held)
+            for sample, part in zip(held, parts):
+                found.parts.setdefault(sample, set()).add(part)
     return found
 
 

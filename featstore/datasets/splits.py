@@ -59,3 +59,22 @@ def carve(
     count = 0 if len(names) < 2 else min(len(names) - 1, max(1, round(fraction * len(names))))
     taken = set(names[:count])
     return np.fromiter((group in taken for group in groups), bool, len(groups))
+
+
+def systematic_split(names: Sequence[str], *, test: float, val: float) -> dict[str, str]:
+    """train, val or test for each name by evenly spaced picks: `test` of all, `val` of the rest, in the order given.
+
+    The rule of Baharoon et al. 2023; their own lists depend on an order that was not published.
+    """
+    held = _evenly(len(names), test)
+    rest = [index for index in range(len(names)) if index not in held]
+    chosen = {rest[index] for index in _evenly(len(rest), val)}
+    return {
+        name: "test" if index in held else "val" if index in chosen else "train" for index, name in enumerate(names)
+    }
+
+
+def _evenly(count: int, share: float) -> set[int]:
+    """`round(share * count)` evenly spaced numbers below `count`."""
+    wanted = round(share * count)
+    return {number * count // wanted for number in range(wanted)}

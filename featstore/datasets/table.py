@@ -1,9 +1,12 @@
 """Any table of images: CSV, TSV or Parquet with a column of paths."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from featstore.configs import Frames
+from featstore.datasets.expand import expand
 from featstore.datasets.source import RESERVED, Source, build_table, read_csv
 from featstore.datasets.splits import SPLIT_NAMES, split_by_group
 from featstore.errors import ManifestError
@@ -45,6 +48,12 @@ def strings(column: "pa.ChunkedArray") -> list[str | None]:
     return [None if value is None or value == "" or value != value else str(value) for value in column.to_pylist()]
 
 
+def stripped(values: Sequence[str | None]) -> tuple[list[str | None], int]:
+    """(values without surrounding blanks, None where nothing is left; how many had some): `P1 ` is patient `P1`."""
+    plain = [None if value is None else value.strip() or None for value in values]
+    return plain, sum(before != after for before, after in zip(values, plain))
+
+
 def normal_splits(values: Sequence[str | None], column: str) -> list[str]:
     """train, val, test or '' for each value of a split column, whatever its spelling."""
     result = []
@@ -70,6 +79,49 @@ def with_reserved(table: "pa.Table", reserved: dict[str, list[str | None]]) -> "
     return build_table(table, {name: pa.array(values, pa.string()) for name, values in reserved.items()})
 
 
+def _holds_images(column: "pa.ChunkedArray") -> bool:
+    """Whether a column is the images themselves: bytes, or what the hub's image feature writes."""
+    import pyarrow as pa
+
+    kind = column.type
+    inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    return bool(pa.types.is_binary(inner) or pa.types.is_large_binary(inner))
+
+
+def _paths_inside(file: Path, root: Path, column: str, num_rows: int) -> list[str | None]:
+    """The images of a Parquet column as members of that file.
+
+    Raises:
+        ManifestError: the file does not lie below the root.
+    """
+    try:
+        inside = file.resolve().relative_to(root.resolve()).as_posix()
+    except ValueError:
+        raise ManifestError(
+            f"--path-column {column!r} holds the images themselves, so {file} must lie below the root {root}"
+        ) from None
+    return [f"{inside}!/{column}/{row}" for row in range(num_rows)]
+
+
+def _names(
+    data: "pa.Table", name: str | None, option: str, default: list[str | None], notes: list[str]
+) -> list[str | None]:
+    """The values of a column without the blanks around them, `default` if none is named; `notes` tells how many."""
+    if not name:
+        return default
+    values, count = stripped(strings(need_column(data, name, option)))
+    if count:
+        notes.append(f"column {name!r}: {count} values had blanks around them, which are not part of the name")
+    return values
+
+
+def _draw(paths: Sequence[str | None], ids: Sequence[str | None], groups: Sequence[str | None], seed: int) -> list[str]:
+    """A seeded split by group; rows without one go by their file where they share it, else alone."""
+    shared = {path for path, count in Counter(paths).items() if count > 1}
+    alone = [f"file:{path}" if path in shared else f"id:{sample}" for path, sample in zip(paths, ids)]
+    return split_by_group([group or own for group, own in zip(groups, alone)], seed=seed)
+
+
 def read(
     root: Path,
     *,
@@ -82,20 +134,30 @@ def read(
     mask_column: str | None = None,
     study_column: str | None = None,
     seed: int = 0,
+    frames: Frames | None = None,
 ) -> Source:
     """Read a table of samples; without a split column the rows are split 70/10/20 by group, seeded.
 
-    `table` is relative to the working folder or to `root`.
+    `table` is relative to the working folder or to `root`. A row whose file is a volume becomes a row for each slice
+    (`frames` says otherwise), with the same labels, patient and split; its mask is taken slice by slice too, if it has
+    as many. Ids, groups and studies are taken without the blanks around them. Rows of one file without group are split
+    together.
 
     Raises:
-        ManifestError: see `read_table`; a column is absent, a path is blank, a split has another name, or two files
-            are called `table`.
+        ManifestError: see `read_table`; a column is absent, a path is blank, a split has another name, two files are
+            called `table`, or a mask does not fit its stack (`Expanded.masks`).
     """
+    import pyarrow as pa
+
     file = table if table.is_file() else root / table
     if table.is_file() and (root / table).is_file() and not table.samefile(root / table):
         raise ManifestError(f"--table {table} is here and in {root}, and they are two files; give the full path of one")
     data = read_table(file)
-    written = strings(need_column(data, path_column, "--path-column"))
+    column = need_column(data, path_column, "--path-column")
+    if _holds_images(column):
+        written, data = _paths_inside(file, root, path_column, data.num_rows), data.drop_columns([path_column])
+    else:
+        written = strings(column)
     blank = [row for row, path in enumerate(written) if path is None]
     if blank:
         raise ManifestError(
@@ -104,25 +166,33 @@ def read(
     paths: list[str | None] = [Path(path).as_posix() for path in written if path is not None]
     for name in label_columns:
         need_column(data, name, "--label-columns")
-    ids = strings(need_column(data, id_column, "--id-column")) if id_column else paths
     nothing: list[str | None] = [None] * len(paths)
-    groups = strings(need_column(data, group_column, "--group-column")) if group_column else nothing
-    studies = strings(need_column(data, study_column, "--study-column")) if study_column else nothing
+    notes: list[str] = []
+    ids = _names(data, id_column, "--id-column", paths, notes)
+    groups = _names(data, group_column, "--group-column", nothing, notes)
+    studies = _names(data, study_column, "--study-column", nothing, notes)
     masks = strings(need_column(data, mask_column, "--mask-column")) if mask_column else nothing
     if split_column:
         splits = normal_splits(strings(need_column(data, split_column, "--split-column")), split_column)
     else:
-        splits = split_by_group([group or f"id:{sample}" for group, sample in zip(groups, ids)], seed=seed)
-    reserved: dict[str, list[str | None]] = {
-        "id": ids,
-        "path": paths,
-        "group": groups,
-        "study": studies,
-        "split": list(splits),
-        "mask_path": masks,
+        splits = _draw(paths, ids, groups, seed)
+    names_of_files = [path or "" for path in paths]
+    expanded = expand(root, names_of_files, frames)
+    mask_paths, mask_parts, more = expanded.masks(root, names_of_files, masks)
+    if expanded.unread:
+        notes.append(f"{expanded.unread} files could not be opened; extraction says why")
+    if expanded.any:
+        data = data.take(expanded.rows)
+    columns: dict[str, list[str | None]] = {"path": paths, "group": groups, "study": studies, "split": list(splits)}
+    reserved = {
+        "id": pa.array(expanded.ids([sample or "" for sample in ids]) if expanded.any else ids, pa.string()),
+        **{name: pa.array([values[row] for row in expanded.rows], pa.string()) for name, values in columns.items()},
+        "mask_path": pa.array(mask_paths, pa.string()),
+        **({"mask_part": pa.array(mask_parts, pa.string())} if any(mask_parts) else {}),
+        **expanded.places(names_of_files),
     }
     return Source(
-        table=with_reserved(data, reserved),
+        table=build_table(data, reserved),
         root=root,
         adapter="table",
         default_task=None,
@@ -130,5 +200,5 @@ def read(
         label_columns=tuple(f"source_{name}" if name in RESERVED else name for name in label_columns),
         split_origin=f"column {split_column}" if split_column else f"seeded by group, 70/10/20, seed {seed}",
         groups_known=group_column is not None,
-        notes=(),
+        notes=(*notes, *more),
     )

@@ -8,27 +8,27 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from featstore import files, records
 from featstore.backbones.tokens import Backbone, Tokens
-from featstore.configs import RunConfig, parse_share
-from featstore.datasets.manifest import MISSING, check_unchanged
-from featstore.errors import ConfigError, DeviceError, FeatstoreError, StoreError
-from featstore.extraction.kept import Kept, read_kept
-from featstore.extraction.loader import GONE, Batch, Job, Loader
-from featstore.extraction.plan import Plan, failed_blocks
+from featstore.configs import RunConfig
+from featstore.errors import ConfigError, DeviceError, StoreError
+from featstore.extraction.blocks import Blocks, progress_of, tally_of
+from featstore.extraction.decoded_cache import Cache, CachedImages, fill_cache
+from featstore.extraction.loader import Batch, Images, Job, check_files, open_loader
+from featstore.extraction.plan import Plan
 from featstore.extraction.prepare import is_prepared, prepare
 from featstore.extraction.reduce import Reducer, settle, summary_line
 from featstore.images import to_pixels
 from featstore.objects import Place
 from featstore.store import commits, compact, ledger, reductions
-from featstore.store.commits import BlockWriter
 from featstore.store.diff import as_tokens, parity_limit, parity_of, row_differences
 from featstore.store.layout import ArraySpec, read_spec
 from featstore.store.locks import writer_lock
@@ -84,13 +84,14 @@ def extract(
     run: RunConfig,
     *,
     backbone: Backbone | None = None,
+    cache: Cache | None = None,
     advance: Callable[[int, int], None] = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Summary:
     """Compute and commit every missing block of a plan.
 
     `advance(images, failed)` is called after each batch, `say(line)` before work that is not part of any batch.
-    `backbone` saves loading the same network twice.
+    `backbone` saves loading the same network twice, `cache` completing the same decoded cache twice.
 
     Raises:
         FeatstoreError: files changed, too many failures, an overflow, or results that do not match what is committed.
@@ -101,13 +102,15 @@ def extract(
             lock.renew()
             advance(images, failed)
 
-        return _extract(plan, run, backbone, alive, say)
+        return _extract(plan, run, backbone, cache, advance=alive, say=say)
 
 
 def _extract(
     plan: Plan,
     run: RunConfig,
     backbone: Backbone | None,
+    cache: Cache | None,
+    *,
     advance: Callable[[int, int], None],
     say: Callable[[str], None],
 ) -> Summary:
@@ -116,18 +119,22 @@ def _extract(
     if len(plan.todo) == 0:
         if not is_prepared(plan):
             prepare(plan)
+        if run.decoded_cache and cache is None:
+            summary.notes = fill_cache(plan, run, say=say)[1]
         return summary
-    sizes = plan.manifest.table.column("size").to_numpy()
-    check_unchanged(plan.manifest, plan.todo[sizes[plan.todo] != MISSING])
+    check_files(plan.manifest, plan.todo)
     device = choose_device(run.device)
     if reductions.steps_of(plan.spec):
         # Parameters come from a forward pass and must be there before the set is.
         backbone = backbone or load_backbone(plan, run, device)
-        summary.notes = _create_reduced(plan, run, device, backbone, say)
+        summary.notes += _create_reduced(plan, run, device, backbone, say)
         plan = replace(plan, spec=read_spec(plan.folder))
     else:
         prepare(plan)
-    worker = _Worker(plan, run, device, backbone or load_backbone(plan, run, device))
+    if run.decoded_cache and cache is None:
+        cache, lines = fill_cache(plan, run, say=say)
+        summary.notes += lines
+    worker = _Worker(plan, run, device, backbone or load_backbone(plan, run, device), cache)
     summary.device, summary.batch_size = device, worker.batch_size
     worker.guard()
     worker.compute(summary, advance)
@@ -170,10 +177,6 @@ def _batch_size(plan: Plan, run: RunConfig, device: str) -> int:
     return min(run.batch_size or default_batch_size(tokens, device), rows_per_block)
 
 
-def _num_workers(run: RunConfig) -> int:
-    return run.workers or int(records.machine()["cores"] or 1)
-
-
 def _forward(plan: Plan, device: str, backbone: Backbone, pixels: Tensor, layers: tuple[int, ...]) -> Tokens:
     """Tokens of stacked images."""
     if device.startswith("cuda"):
@@ -191,7 +194,7 @@ def _create_reduced(
         with torch.inference_mode():
             return _forward(plan, device, backbone, torch.from_numpy(images), plan.layers)
 
-    settled = settle(plan, forward, batch_size=_batch_size(plan, run, device), workers=_num_workers(run), say=say)
+    settled = settle(plan, forward, run, batch_size=_batch_size(plan, run, device), say=say)
     prepare(settled.plan)
     held = read_spec(plan.folder)
     if settled.parameters is not None:
@@ -203,120 +206,40 @@ def _create_reduced(
 class _Worker:
     """One process at work on one set."""
 
-    def __init__(self, plan: Plan, run: RunConfig, device: str, backbone: Backbone):
-        self.plan, self.run, self.device, self.backbone = plan, run, device, backbone
-        self.ledger = ledger.read_ledger(plan.folder)
-        self.rows_per_block = int(plan.spec["layout"]["block_rows"])
-        self.row_index: Int64[np.ndarray, " N"] = ledger.read_rows(plan.folder, plan.manifest.short)
-        self.ranges = {block: (start, stop) for block, start, stop in self.ledger.blocks(self.rows_per_block)}
+    def __init__(self, plan: Plan, run: RunConfig, device: str, backbone: Backbone, cache: Cache | None):
+        self.plan, self.run, self.device, self.backbone, self.cache = plan, run, device, backbone, cache
+        self.blocks = Blocks(
+            plan.folder, plan.manifest, [array.name for array in plan.arrays], retry_failed=run.retry_failed
+        )
+        self.row_index = self.blocks.row_index
         self.batch_size = _batch_size(plan, run, device)
-        self.counted: set[int] = set()
-        self.workers = _num_workers(run)
         self.reducers: dict[str, Reducer] = {}
-        for arrays in self.groups().values():
+        for arrays in self.blocks.groups.values():
             for array in arrays:
                 reduction = reductions.read_reduction(plan.folder, plan.spec, array.name)
                 if reduction is not None:
                     self.reducers[array.name] = Reducer(reduction, device)
 
-    def groups(self) -> dict[str, list[ArraySpec]]:
-        """Array groups that hold something the plan asks for."""
-        wanted = {array.name for array in self.plan.arrays}
-        return {name: arrays for name, arrays in self.ledger.groups.items() if wanted & {item.name for item in arrays}}
-
-    def jobs(self) -> dict[tuple[str, ...], list[Job]]:
-        """Batches of every block that is not committed, by the array groups that lack the block.
-
-        One pass over the images serves all groups that lack them. Where batches are cut depends on the block alone.
-        """
-        position = {int(row): i for i, row in enumerate(self.row_index)}
-        done = {}
-        for group in self.groups():
-            done[group] = commits.committed_blocks(self.plan.folder, group)
-            if self.run.retry_failed:
-                done[group] -= failed_blocks(self.plan.folder, group, position.keys())
-        jobs: dict[tuple[str, ...], list[Job]] = {}
-        for block, start, stop in self.ledger.blocks(self.rows_per_block):
-            lacking = tuple(group for group in done if block not in done[group])
-            # Rows that only an older manifest has are not here to be read any more.
-            if not lacking or not any(row in position for row in range(start, stop)):
-                continue
-            for first in range(start, stop, self.batch_size):
-                rows = range(first, min(first + self.batch_size, stop))
-                jobs.setdefault(lacking, []).append(Job(block, tuple(position.get(row, GONE) for row in rows)))
-        return jobs
-
     def compute(self, summary: Summary, advance: Callable[[int, int], None]) -> None:
         """Extract and commit all missing blocks."""
-        jobs = self.jobs()
-        images = {row for items in jobs.values() for job in items for row in job.rows} - {GONE}
-        allowed = parse_share(self.run.max_failed) * len(images)
+        jobs = self.blocks.jobs(self.batch_size)
+        tally = tally_of((job for items in jobs.values() for job in items), self.run)
+
+        def after(batch: Batch) -> None:
+            tally.add(batch)
+            summary.computed, summary.failed, summary.reasons = tally.computed, tally.failed, tally.reasons
+            advance(*progress_of(batch))
+
         for groups, items in jobs.items():
-            self._pass(groups, items, summary, allowed, advance)
+            with self.images(items) as images:
+                summary.blocks += self.blocks.write(groups, images, self.embed, after)
+                summary.notes += images.notes
 
-    def _pass(
-        self,
-        groups: tuple[str, ...],
-        jobs: list[Job],
-        summary: Summary,
-        allowed: float,
-        advance: Callable[[int, int], None],
-    ) -> None:
-        """One pass over the images of some blocks, for all arrays of some groups."""
-        arrays = [array for group in groups for array in self.ledger.groups[group]]
-        writers: list[BlockWriter] = []
-        kept: list[Kept] = []
-        first = 0
-        with Loader(self.plan.manifest, self.plan.preprocess, jobs, workers=self.workers) as loader:
-            try:
-                for batch in loader:
-                    if not writers:
-                        writers = [self._writer(group, batch.job.block) for group in groups]
-                        kept = [read_kept(self.plan.folder, item.group, item.arrays, item.block) for item in writers]
-                        first = writers[0].start
-                        for writer in writers:
-                            writer.__enter__()
-                    rows = self.embed(batch, arrays)
-                    for writer, before in zip(writers, kept):
-                        own = {array.name: rows[array.name] for array in writer.arrays}
-                        writer.append(*before.fill(first, batch.job.rows, own, batch.states))
-                    first += len(batch.states)
-                    self._count(batch, summary, allowed)
-                    here = [state for row, state in zip(batch.job.rows, batch.states) if row != GONE]
-                    advance(len(here), sum(state.reason is not None for state in here))
-                    while writers and writers[0].done:
-                        self._commit(writers[0])
-                        writers.pop(0).__exit__()
-                        summary.blocks += 1
-            finally:
-                for writer in writers:
-                    writer.__exit__()
-
-    def _writer(self, group: str, block: int) -> BlockWriter:
-        start, stop = self.ranges[block]
-        arrays = self.ledger.groups[group]
-        return BlockWriter(self.plan.folder, group, arrays, block, start, stop, self.rows_per_block)
-
-    def _commit(self, writer: BlockWriter) -> None:
-        if self.run.retry_failed:  # only now that the new rows are there
-            commits.take_back(self.plan.folder, writer.group, writer.arrays, writer.block, self.rows_per_block)
-        writer.commit()
-
-    def _count(self, batch: Batch, summary: Summary, allowed: float) -> None:
-        # An image counts once, however many array groups it is read for; a sample that left the data set does not.
-        for row, state in zip(batch.job.rows, batch.states):
-            if row == GONE or row in self.counted:
-                continue
-            self.counted.add(row)
-            summary.computed += 1
-            if state.reason is not None:
-                summary.failed += 1
-                summary.reasons[state.reason] = summary.reasons.get(state.reason, 0) + 1
-        if summary.failed > allowed:
-            raise FeatstoreError(
-                f"{summary.failed} images could not be decoded, more than --max-failed {self.run.max_failed} allows; "
-                f"the last reason: {list(summary.reasons)[-1]}; what is committed stays"
-            )
+    def images(self, jobs: list[Job]) -> Images:
+        """Batches of some jobs: decoded, or out of the decoded cache where that holds them."""
+        if self.cache is not None:
+            return CachedImages(self.cache, jobs)
+        return open_loader(self.plan.manifest, self.plan.preprocess, jobs, self.run)
 
     def embed(self, batch: Batch, arrays: list[ArraySpec]) -> dict[str, np.ndarray]:
         """Rows of every array for one batch; where the image failed NaN, or zero in arrays of integers."""
@@ -362,9 +285,9 @@ class _Worker:
         Raises:
             ConfigError: they differ by more than rounding can explain.
         """
-        for group, arrays in self.groups().items():
+        for group, arrays in self.blocks.groups.items():
             blocks = sorted(commits.committed_blocks(self.plan.folder, group))
-            position = {int(row): i for i, row in enumerate(self.row_index)}
+            position = self.blocks.position
             rows: list[int] = []
             for block in dict.fromkeys(blocks[:1] + blocks[-1:]):
                 commit = commits.read_commit(self.plan.folder, group, block)
@@ -373,7 +296,8 @@ class _Worker:
             if not rows:
                 continue
             job = Job(-1, tuple(position[row] for row in rows))
-            with Loader(self.plan.manifest, self.plan.preprocess, [job], workers=1) as loader:
+            # As at the time, from the files: the cache need not hold these rows.
+            with open_loader(self.plan.manifest, self.plan.preprocess, [job], self.run, workers=1) as loader:
                 batch = next(iter(loader))
             if any(state.reason is not None for state in batch.states):
                 continue  # the file was damaged since; check_unchanged speaks for the rows that matter
@@ -423,7 +347,7 @@ def _write_run(plan: Plan, run: RunConfig, summary: Summary) -> None:
         "time": records.utc_now(),
         "manifest": plan.manifest.short,
         "weights": plan.source.origin,
-        "run": asdict(run),
+        "run": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(run).items()},
         "summary": asdict(summary),
         "versions": records.versions(),
         "machine": records.machine(),

@@ -15,7 +15,9 @@ from featstore.configs import RunConfig, SetConfig, parse_layers, parse_reduce, 
 from featstore.datasets.manifest import Manifest
 from featstore.errors import ConfigError, IncompleteError
 from featstore.images import PreprocessSpec, fit_size, parse_resolution
+from featstore.images.intensity import canonical_intensity
 from featstore.images.preprocess import hf_size
+from featstore.images.published import apply_published, deviations_of, published
 from featstore.objects import Place, as_object
 from featstore.request import as_request
 from featstore.store import commits, ledger, reductions
@@ -198,23 +200,13 @@ def make_plan(
     manifest = store.manifest(dataset)
     if source is None:
         source = describe_backbone(store, config)
-    resolution, pixels, notes = set_resolution(config, source)
+    settled = apply_published(config)
+    resolution, pixels, notes = set_resolution(settled, source)
     arrays, layers = set_arrays(source, pixels, config)
     steps = parse_reduce(config.reduce)
     grid, dim = source.architecture.grid(*pixels), source.architecture.embed_dim
     arrays, lines = reduced_arrays(arrays, steps, grid, dim)
-    published = config.geometry == "hf"  # then the processor settles mean and std too
-    preprocess = PreprocessSpec(
-        geometry=config.geometry,
-        height=pixels[0],
-        width=pixels[1],
-        mean=() if published else source.architecture.mean,
-        std=() if published else source.architecture.std,
-        processor=source.processor if published else None,
-        intensity=config.intensity,
-        dicom_mode=config.dicom_mode,
-        decode=config.decode,
-    )
+    preprocess = make_preprocess(settled, source, pixels)
     identity = {
         "weights": source.weights["digest"],
         "architecture": source.architecture.as_dict(),
@@ -245,6 +237,9 @@ def make_plan(
         random=source.random,
     )
     spec["request"] = as_request(config, compute_dtype=identity["compute_dtype"])
+    if config.published is not None:
+        spec["published"], said = describe_published(config.published, preprocess)
+        lines = [*lines, *said]
     folder = set_folder(store.path, spec)
     spec = existing_spec(folder, spec, config.block_rows)
     missing = missing_rows(folder, manifest, arrays, spec, retry_failed=run.retry_failed)
@@ -263,8 +258,52 @@ def make_plan(
     )
 
 
+def make_preprocess(config: SetConfig, source: BackboneSource, pixels: tuple[int, int]) -> PreprocessSpec:
+    """How images become pixels; mean and std are the preset's, else the processor's, else the model's.
+
+    Raises:
+        ConfigError: as `PreprocessSpec`.
+    """
+    exact = config.geometry == "hf"  # then the processor settles mean and std
+    preset = None if config.published is None else published(config.published)
+    mean, std = (preset.mean, preset.std) if preset is not None else (None, None)
+    return PreprocessSpec(
+        geometry=config.geometry,
+        height=pixels[0],
+        width=pixels[1],
+        mean=() if exact else mean or source.architecture.mean,
+        std=() if exact else std or source.architecture.std,
+        processor=source.processor if exact else None,
+        intensity=config.intensity,
+        dicom_mode=config.dicom_mode,
+        decode=config.decode,
+    )
+
+
+def describe_published(name: str, preprocess: PreprocessSpec) -> tuple[dict[str, Any], list[str]]:
+    """(what the spec keeps of a preset beside the identity, lines to print about it)."""
+    preset = published(name)
+    deviations = deviations_of(name, (preprocess.height, preprocess.width))
+    facts = {"name": name, "source": preset.source, "deviations": list(deviations)}
+    settings = (
+        f"intensity {preprocess.intensity}, geometry {preprocess.geometry}, "
+        f"{preprocess.height}x{preprocess.width} pixels, mean {preprocess.mean}, std {preprocess.std}"
+    )
+    if not deviations:
+        return facts, [f"images as published by {name}: {settings}"]
+    return facts, [
+        f"images after {name}: {settings}; not as published:",
+        *(f"  - {sentence}" for sentence in deviations),
+    ]
+
+
 def describe_backbone(store: Store, config: SetConfig) -> BackboneSource:
-    """Name, weights digest and architecture, without loading the network."""
+    """Name, weights digest and architecture, without loading the network.
+
+    Raises:
+        ConfigError: an intensity or a preset that cannot be; said before any backbone is looked for.
+    """
+    canonical_intensity(apply_published(config).intensity)
     return describe(
         config.model,
         weights=config.weights,

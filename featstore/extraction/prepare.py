@@ -1,9 +1,13 @@
 """What a set needs on disk before its first row, or before rows of another manifest, can be written; no torch."""
 
+from typing import Any
+
 from featstore import files
+from featstore.datasets.manifest import Manifest
 from featstore.extraction.plan import Plan, committed_contents
+from featstore.objects import Place
 from featstore.store import commits, ledger
-from featstore.store.layout import check_store
+from featstore.store.layout import ArraySpec, check_store
 
 
 def is_prepared(plan: Plan) -> bool:
@@ -13,11 +17,16 @@ def is_prepared(plan: Plan) -> bool:
 
 def prepare(plan: Plan) -> None:
     """Create the set, its arrays and rows on disk, and finish or sweep what killed writers left."""
-    check_store(plan.folder.parents[2], create=True)
-    files.create_exclusive(plan.folder / "spec.json", files.sealed(plan.spec))
-    ledger.add_arrays(plan.folder, plan.arrays)
-    ledger.add_rows(plan.folder, plan.manifest, lambda: committed_contents(plan.folder))
-    book = ledger.read_ledger(plan.folder)
-    ledger.write_metadata(plan.folder, plan.spec, book)
-    commits.finish_intents(plan.folder, book, int(plan.spec["layout"]["block_rows"]))
-    commits.sweep_attempts(plan.folder, older_than=commits.STALE_SECONDS)
+    prepare_set(plan.folder, plan.spec, plan.arrays, plan.manifest)
+
+
+def prepare_set(folder: Place, spec: dict[str, Any], arrays: list[ArraySpec], manifest: Manifest) -> None:
+    """`prepare` for a set of any kind."""
+    check_store(folder.parents[2], create=True)
+    files.create_exclusive(folder / "spec.json", files.sealed(spec))
+    ledger.add_arrays(folder, arrays)
+    ledger.add_rows(folder, manifest, lambda: committed_contents(folder))
+    book = ledger.read_ledger(folder)
+    ledger.write_metadata(folder, spec, book)
+    commits.finish_intents(folder, book, int(spec["layout"]["block_rows"]))
+    commits.sweep_attempts(folder, older_than=commits.STALE_SECONDS)

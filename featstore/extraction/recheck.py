@@ -17,7 +17,7 @@ from featstore.backbones.tokens import Backbone, Tokens
 from featstore.configs import RunConfig
 from featstore.datasets.manifest import stat_files
 from featstore.errors import ConfigError, IncompleteError, MissingWeightsError, WeightsError
-from featstore.extraction.loader import Batch, Job, Loader
+from featstore.extraction.loader import Batch, Job, open_loader
 from featstore.extraction.pipeline import TORCH_DTYPES, choose_device, default_batch_size, pick
 from featstore.extraction.reduce import Reducer
 from featstore.images import PreprocessSpec, to_pixels
@@ -25,7 +25,7 @@ from featstore.request import request_of
 from featstore.store import commits
 from featstore.store.diff import as_tokens, parity_limit, parity_of, row_differences
 from featstore.store.features import FeatureSet, RowArray
-from featstore.store.layout import differences
+from featstore.store.layout import DECODED, differences
 
 
 @dataclass(slots=True)
@@ -101,7 +101,7 @@ def recheck(
         size = min(run.batch_size or default_batch_size(num_tokens, device), len(good))
         layers = tuple(sorted({int(name.split("/")[1]) for name in arrays if "/" in name}))
         jobs = [Job(-1, tuple(good[first : first + size].tolist())) for first in range(0, len(good), size)]
-        with Loader(features.manifest, spec, jobs, workers=run.workers or 2) as loader:
+        with open_loader(features.manifest, spec, jobs, run) as loader:
             for batch in loader:
                 changed |= _changed_content(features, batch)
                 tokens = _forward(backbone, batch, spec, size, layers)
@@ -125,6 +125,11 @@ def find_backbone(spec: dict[str, Any], weights: Path | None, digest_cache: Path
         raise ConfigError(
             f"{spec['dataset']}/{spec['model']} holds imported features, which no backbone here can compute again; "
             "compare with their file by importing it again"
+        )
+    if facts["kind"] == DECODED:
+        raise ConfigError(
+            f"{spec['dataset']}/{spec['model']} holds decoded images, which no backbone made; "
+            "`featstore verify` checks them"
         )
     # A store may come from others, and what its spec names would be imported and called.
     function = function_of(spec)
@@ -173,6 +178,8 @@ def preprocessing(held: dict[str, Any]) -> PreprocessSpec:
         mean=() if published else tuple(held["mean"]),
         std=() if published else tuple(held["std"]),
         processor=held["processor"],
+        dicom_mode=held.get("dicom_mode", "standard"),
+        decode=held.get("decode", "full"),
     )
     other = differences(held, json.loads(files.canonical_json(spec.as_dict())))
     if other:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from featstore import files
 from featstore.backbones.tokens import Tokens
+from featstore.configs import RunConfig
 from featstore.datasets.manifest import Manifest
 from featstore.errors import ConfigError, StoreError
-from featstore.extraction.loader import Job, Loader
+from featstore.extraction.loader import Job, open_loader
 from featstore.extraction.plan import Plan
 from featstore.images import PreprocessSpec, stack
 from featstore.store import reductions
@@ -79,17 +80,17 @@ class Sample:
     split: str
 
 
-def draw_sample(manifest: Manifest, spec: PreprocessSpec, *, workers: int) -> Sample:
+def draw_sample(manifest: Manifest, spec: PreprocessSpec, run: RunConfig) -> Sample:
     """The first decodable images of a seeded permutation: training images only, where there are at least two.
 
-    Their first half fits and the second measures; one image alone does both.
+    Their first half fits and the second measures; one image alone does both. Decoded as `run` says.
     """
     train = np.flatnonzero(np.asarray(manifest.column("split")) == "train")
     candidates = train if len(train) > 1 else np.arange(len(manifest))
     order = np.random.default_rng(SEED).permutation(candidates).tolist()
     jobs = [Job(-1, tuple(order[first : first + 16])) for first in range(0, len(order), 16)]
     found: list[np.ndarray] = []
-    with Loader(manifest, spec, jobs, workers=workers) as loader:
+    with open_loader(manifest, spec, jobs, run) as loader:
         for batch in loader:
             found += [image for image, state in zip(batch.pixels, batch.states) if state.reason is None]
             if len(found) >= SAMPLE:
@@ -108,7 +109,7 @@ class Settled:
     parameters: str | None
 
 
-def settle(plan: Plan, forward: Forward, *, batch_size: int, workers: int, say: Callable[[str], None]) -> Settled:
+def settle(plan: Plan, forward: Forward, run: RunConfig, *, batch_size: int, say: Callable[[str], None]) -> Settled:
     """Fit and measure the reductions of arrays that have none yet.
 
     Parameters are on disk before anything names them. What others settled first stays.
@@ -128,7 +129,7 @@ def settle(plan: Plan, forward: Forward, *, batch_size: int, workers: int, say: 
     if not new:
         return Settled(plan, [], None)
     say(f"{plan.name}: fitting and measuring {','.join(steps)} on up to {SAMPLE} images")
-    sample = draw_sample(plan.manifest, plan.preprocess, workers=workers)
+    sample = draw_sample(plan.manifest, plan.preprocess, run)
     if not sample.fit:
         raise ConfigError(
             f"--reduce {','.join(steps)} is fitted and measured on a sample, and no image of {plan.manifest.name} "

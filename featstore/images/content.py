@@ -42,7 +42,7 @@ def recognise(data: bytes) -> str:
     for kind, magic in (MAGIC | OTHERS).items():
         if re.match(magic, data, re.DOTALL):
             return kind
-    raise DecodeError(f"not an image file of a known kind ({', '.join(sorted((*MAGIC, *OTHERS, 'DICOM', 'NIfTI')))})")
+    raise DecodeError("not an image file of a known kind (PNG, JPEG, TIFF, DICOM, NIfTI, HDF5, NumPy, video, ...)")
 
 
 def _is_nifti(data: bytes) -> bool:
@@ -83,5 +83,5 @@ def check_jpeg(data: bytes) -> None:
     at = 2
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"\xda", b""):  # up to the first scan
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    if data.find(b"\xff\xd9", at) < 0:
+    if data.rfind(b"\xff\xd9", at) < 0:
         raise DecodeError("truncated JPEG data: the end marker is missing")

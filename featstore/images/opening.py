@@ -1,11 +1,12 @@
 """From a file and a part of it to pixels: the kind is told by content, files that hold many samples are parsed once."""
 
-import hashlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -15,7 +16,7 @@ from featstore.images.content import MAGIC, recognise
 from featstore.images.decoded import Decoded, DecodeOptions, Opened
 from featstore.images.part import WHOLE, Part
 from featstore.images.raster import decode
-from featstore.inputs import HASH_HEX, Inputs
+from featstore.inputs import Inputs
 
 # kind -> function(data, path) -> Opened; `path` is None where the bytes come from no file of their own
 BY_BYTES = {
@@ -45,6 +46,8 @@ PARTS = {
 VOLUMES = ("HDF5", "MATLAB", "MetaImage", "NIfTI", "NPY", "NPZ", "video")  # one sample a file makes little sense
 HEAD = 1024  # bytes that tell the kind
 MAX_OPEN_BYTES = 2 * 2**30
+MAX_OPEN_FILES = 256
+RECOUNTED = 16  # files used last whose memory may still grow: some keep what was read of them
 
 
 class RasterFile:
@@ -110,22 +113,34 @@ class _Slot:
     key: Any = None
     content: str = ""
     found: Opened | DecodeError | None = None
+    counted: int = 0  # bytes of it that are in the running total
 
     @property
     def num_bytes(self) -> int:
         return 0 if self.found is None or isinstance(self.found, DecodeError) else self.found.num_bytes
 
 
+def _memory_share() -> int:
+    """A quarter of the machine's memory, at most `MAX_OPEN_BYTES`; every process of a loader may take as much."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not told on this system
+        return MAX_OPEN_BYTES
+    return min(MAX_OPEN_BYTES, memory // 4) if memory > 0 else MAX_OPEN_BYTES
+
+
 class OpenFiles:
     """Files that hold many samples, parsed once and kept while they are in use, the oldest given up first.
 
-    Threads that ask for the same file wait for the one that parses it. A file that fails to parse is remembered too.
+    At most `MAX_OPEN_FILES` are kept, and `max_bytes` of memory (`_memory_share()` where None). Threads that ask for
+    the same file wait for the one that parses it. A file that fails to parse is remembered too.
     """
 
-    def __init__(self, max_bytes: int = MAX_OPEN_BYTES):
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int | None = None):
+        self._max_bytes = _memory_share() if max_bytes is None else max_bytes
         self._lock = threading.Lock()
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
+        self._total = 0
 
     def get(
         self, name: str, key: Any, make: Callable[[], tuple[str, Opened | DecodeError]]
@@ -148,9 +163,12 @@ class OpenFiles:
     def _shrink(self) -> None:
         # What is given up here may still be read by another thread: it goes when that one lets go of it.
         with self._lock:
-            total = sum(slot.num_bytes for slot in self._slots.values())
-            while total > self._max_bytes and len(self._slots) > 1:
-                total -= self._slots.popitem(last=False)[1].num_bytes
+            for slot in islice(reversed(self._slots.values()), RECOUNTED):
+                now = slot.num_bytes
+                self._total += now - slot.counted
+                slot.counted = now
+            while len(self._slots) > 1 and (self._total > self._max_bytes or len(self._slots) > MAX_OPEN_FILES):
+                self._total -= self._slots.popitem(last=False)[1].counted
 
     def close(self) -> None:
         """Forget every file; nothing may be reading any more."""
@@ -159,6 +177,7 @@ class OpenFiles:
                 if slot.found is not None and not isinstance(slot.found, DecodeError):
                     slot.found.close()
             self._slots.clear()
+            self._total = 0
 
 
 def open_path(inputs: Inputs, path: str, part: Part) -> tuple[str, Opened | DecodeError]:
@@ -173,7 +192,7 @@ def open_path(inputs: Inputs, path: str, part: Part) -> tuple[str, Opened | Deco
         call = partial(resolve_name(BY_PATH[kind]), inputs.local(path))
     else:
         data = inputs.read(path)
-        content = hashlib.sha256(data).hexdigest()[:HASH_HEX]
+        content = inputs.hash_of(path, data)
         call = partial(open_bytes, data, inputs.beside(path))
     try:
         return content, call()

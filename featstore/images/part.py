@@ -23,8 +23,9 @@ class Part:
     ("axial" where a volume has an orientation, else "0"); with `orientation` "stored" nothing is turned. `channel` is
     one number, or three for red, green, blue: "0" or "1,2,3". `key` names a data set of HDF5 or MATLAB, or a member of
     .npz. `x`, `y` are the upper left corner of a tile in pixels of the slide's finest level, `width`, `height` its
-    size in pixels as read at `level`, or at `mpp` micrometres a pixel. `values` belongs to masks: `7` makes class 7 of
-    everything that is not 0, `255:1,128:2` maps, what it does not name becomes 0. `draw` names what is drawn from a
+    size in pixels as read at `level`, at `scale` pixels of the finest level to one, or at `mpp` micrometres a pixel.
+    `values` belongs to masks: `7` makes class 7 of everything that is not 0, `255:1,128:2` maps, numbers it does not
+    name become 0; with colours (`ff0000:1,ffffff:0`) all but black must be named. `draw` names what is drawn from a
     file of outlines (see `featstore.images.masks`).
 
     Raises:
@@ -43,6 +44,7 @@ class Part:
     height: int | None = None
     level: int | None = None
     mpp: float | None = None
+    scale: float | None = None
     values: str | None = None
     draw: str | None = None
 
@@ -58,8 +60,12 @@ class Part:
         tile = (self.x, self.y, self.width, self.height)
         if any(side is not None for side in tile) and (None in tile or min(self.width or 0, self.height or 0) < 1):
             raise ManifestError(f"part: a tile has x, y, width and height (at least 1 pixel), got {tile}")
-        if self.mpp is not None and (self.level is not None or not 0 < self.mpp < math.inf):
-            raise ManifestError(f"part: mpp is above 0 and excludes level, got mpp {self.mpp} and level {self.level}")
+        sizes = [size for size in (self.mpp, self.scale) if size is not None]
+        if len(sizes) + (self.level is not None) > 1 or not all(0 < size < math.inf for size in sizes):
+            raise ManifestError(
+                f"part: mpp and scale are above 0, and only one of level, mpp and scale is given; got {self.level}, "
+                f"{self.mpp}, {self.scale}"
+            )
         if self.channel is not None and not _is_channels(self.channel):
             raise ManifestError(f"part: channel is one number, or three such as 1,2,3; got {self.channel!r}")
 
@@ -79,7 +85,10 @@ class Part:
 
 
 WHOLE = Part()
-_READ: dict[str, type] = dict.fromkeys(("frame", "index", "x", "y", "width", "height", "level"), int) | {"mpp": float}
+_READ: dict[str, type] = dict.fromkeys(("frame", "index", "x", "y", "width", "height", "level"), int) | {
+    "mpp": float,
+    "scale": float,
+}
 _NAMES = tuple(item.name for item in fields(Part))
 
 

@@ -4,7 +4,7 @@ The specification imports no torch: identity and plans are made from it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,7 @@ from featstore.configs import DecodeMode, DicomMode, Geometry
 from featstore.errors import ConfigError
 from featstore.images.decoded import Decoded, DecodeOptions
 from featstore.images.hf import PILLOW_FILTERS, RESCALE_FIRST, canonical_processor, hf_size, pillow_pixels
-from featstore.images.intensity import INTENSITIES, to_byte_range
+from featstore.images.intensity import canonical_intensity, parse_intensity, to_byte_range
 
 __all__ = ["IMPLEMENTATION", "PreprocessSpec", "hf_size", "preprocess", "stack"]
 
@@ -23,6 +23,7 @@ IMPLEMENTATION = 1  # raised whenever the same file and specification would give
 
 Quantise = Literal["auto", "uint8", "none"]
 Planes = UInt8[np.ndarray, "C H W"] | Float32[np.ndarray, "C H W"]
+EXACT = ("hf", "spline")  # repeat somebody's pixels; nothing may come before their resize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +32,8 @@ class PreprocessSpec:
 
     `height` and `width` are pixels fed to the network. `mean` and `std` are per channel, of values in [0, 1].
     `processor` is a `preprocessor_config.json`, for `hf` alone: it settles what is left open and must not be
-    contradicted. `quantise` "auto" becomes "uint8", or "none" where the processor resizes floats.
+    contradicted. `quantise` "auto" becomes "uint8", or "none" where the processor resizes floats. `intensity` is a text
+    of the grammar in `featstore.images.intensity`, kept in its canonical spelling.
 
     Raises:
         ConfigError: values that cannot be used, or that contradict the processor.
@@ -53,14 +55,18 @@ class PreprocessSpec:
             raise ConfigError(f"geometry must be one of {', '.join(get_args(Geometry))}, got {self.geometry!r}")
         if self.height < 1 or self.width < 1:
             raise ConfigError(f"height and width must be at least 1 pixel, got {self.height}x{self.width}")
-        if self.intensity not in INTENSITIES:
-            raise ConfigError(f"intensity must be one of {', '.join(INTENSITIES)}, got {self.intensity!r}")
+        object.__setattr__(self, "intensity", canonical_intensity(self.intensity))
         if self.quantise not in get_args(Quantise):
             raise ConfigError(f"quantise must be one of {', '.join(get_args(Quantise))}, got {self.quantise!r}")
         if self.dicom_mode not in get_args(DicomMode) or self.decode not in get_args(DecodeMode):
             raise ConfigError(
                 f"dicom_mode is one of {', '.join(get_args(DicomMode))} and decode one of "
                 f"{', '.join(get_args(DecodeMode))}, got {self.dicom_mode!r} and {self.decode!r}"
+            )
+        if self.decode != "full" and self.geometry in EXACT:
+            raise ConfigError(
+                f"decode {self.decode} changes pixels, and geometry {self.geometry} repeats those of others exactly; "
+                "use one of them"
             )
         if (self.geometry == "hf") != (self.processor is not None):
             raise ConfigError(
@@ -106,11 +112,21 @@ class PreprocessSpec:
         return self.processor is not None and self.quantise == "none"
 
     @property
+    def _resizing(self) -> dict[str, Any]:
+        """The filter and whose it is."""
+        if self.geometry == "spline":
+            return {"resample": "quadratic spline", "antialias": False, "resize_with": "scipy"}
+        if self.processor is None:
+            return {"resample": "bicubic", "antialias": True, "resize_with": "torch"}
+        whose = "pillow" if self.quantise == "uint8" else "torch"
+        return {"resample": PILLOW_FILTERS[self.processor["resample"]], "antialias": True, "resize_with": whose}
+
+    @property
     def decoding(self) -> DecodeOptions:
         """What the decoders must know."""
         return DecodeOptions(
             dicom_mode=self.dicom_mode,
-            voi=self.intensity == "native",
+            voi=parse_intensity(self.intensity)[0].name == "native",
             decode=self.decode,
             target=(self.height, self.width),
         )
@@ -127,9 +143,7 @@ class PreprocessSpec:
             "width": self.width,
             "intensity": self.intensity,
             "quantise": self.quantise,
-            "resample": PILLOW_FILTERS[self.processor["resample"]] if self.processor else "bicubic",
-            "antialias": True,
-            "resize_with": "pillow" if self.processor and self.quantise == "uint8" else "torch",
+            **self._resizing,
             "mean": [float(value) for value in self.mean],
             "std": [float(value) for value in self.std],
             "processor": None if self.processor is None else canonical_processor(self.processor),
@@ -141,12 +155,17 @@ def preprocess(
 ) -> Planes:
     """One decoded image of any depth as (C, height, width); C is 1 for grey and 3 for colour.
 
-    uint8 where the specification quantises, else float32; in [0, 255], or in [0, 1] where `spec.unit_range`.
+    uint8 where the specification quantises, else float32; in [0, 255], or in [0, 1] where `spec.unit_range`. The
+    geometry `spline` resizes the stored values before the intensity, every other one what the intensity gives.
 
     Raises:
-        DecodeError: an image so long that the geometry would make it absurdly large.
+        DecodeError: an image so long that the geometry would make it absurdly large, or one that the intensity cannot
+            be done on.
     """
-    values = to_byte_range(image if isinstance(image, Decoded) else Decoded(image), spec.intensity)
+    decoded = image if isinstance(image, Decoded) else Decoded(image)
+    if spec.geometry == "spline":
+        return _resized_first(decoded, spec)
+    values = to_byte_range(decoded, spec.intensity)
     if spec.processor is not None:
         return _hf(values, spec.processor, spec)
     from featstore.images.resize import GEOMETRIES
@@ -164,6 +183,18 @@ def _hf(values: np.ndarray, processor: dict[str, Any], spec: PreprocessSpec) -> 
 
     mode = PILLOW_FILTERS[processor["resample"]]
     return resize(values * np.float32(processor["rescale_factor"]), spec.height, spec.width, mode=mode)
+
+
+def _resized_first(decoded: Decoded, spec: PreprocessSpec) -> Planes:
+    from featstore.images.resize import spline
+
+    planes = spline(decoded.pixels, spec.height, spec.width)
+    small = planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0)
+    values = to_byte_range(replace(decoded, pixels=small), spec.intensity)
+    values = np.ascontiguousarray(values[None] if values.ndim == 2 else values.transpose(2, 0, 1))
+    if spec.quantise == "none":
+        return _clamp(values.astype(np.float32, copy=False))
+    return values if values.dtype == np.uint8 else _round(values)
 
 
 def _clamp(values: Float32[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:

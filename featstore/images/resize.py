@@ -1,11 +1,14 @@
 """Antialiased resizing with torch, and the geometries that are built on it.
 
-Not antialiased, a 2048-pixel image sampled down to 224 is off by 30 to 50 grey levels in places; every resize here is.
+Not antialiased, a 2048-pixel image sampled down to 224 is off by 30 to 50 grey levels in places; every resize here is,
+but for `spline`, which is there to repeat what was published, and for masks, whose values must not be mixed.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Shaped, UInt8
 
 from featstore.errors import DecodeError
 from featstore.images.sizes import MAX_PIXELS
@@ -13,6 +16,9 @@ from featstore.images.sizes import MAX_PIXELS
 Gray = UInt8[np.ndarray, "H W"] | Float32[np.ndarray, "H W"]
 Colour = UInt8[np.ndarray, "H W 3"] | Float32[np.ndarray, "H W 3"]
 Planes = UInt8[np.ndarray, "C h w"] | Float32[np.ndarray, "C h w"]
+Pixels = Shaped[np.ndarray, "H W"] | Shaped[np.ndarray, "H W 3"]
+AnyPlanes = Shaped[np.ndarray, "C h w"]
+NEAREST = "nearest-exact"
 
 
 def resize(image: Gray | Colour, height: int, width: int, *, mode: str = "bicubic") -> Planes:
@@ -37,47 +43,102 @@ def resize(image: Gray | Colour, height: int, width: int, *, mode: str = "bicubi
     return (resized.mT if turned else resized).contiguous().numpy()
 
 
-def squash(image: Gray | Colour, height: int, width: int) -> Planes:
+def nearest(image: Pixels, height: int, width: int) -> AnyPlanes:
+    """The pixel whose area holds the centre of each new one; any type, no value that was not there.
+
+    torch's `nearest-exact` and Pillow's NEAREST, in whole numbers.
+    """
+    rows, columns = (
+        (2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip((height, width), image.shape[:2], strict=True)
+    )
+    return _planes(image[rows[:, None], columns])
+
+
+def _planes(image: Pixels) -> AnyPlanes:
+    return np.ascontiguousarray(image[None] if image.ndim == 2 else image.transpose(2, 0, 1))
+
+
+def _resized(image: Pixels, height: int, width: int, mode: str) -> AnyPlanes:
+    return nearest(image, height, width) if mode == NEAREST else resize(image, height, width, mode=mode)
+
+
+def squash(image: Pixels, height: int, width: int, *, mode: str = "bicubic") -> AnyPlanes:
     """The whole field of view; the aspect ratio changes."""
-    return resize(image, height, width)
+    return _resized(image, height, width, mode)
 
 
-def letterbox(image: Gray | Colour, height: int, width: int) -> Planes:
+def letterbox(image: Pixels, height: int, width: int, *, mode: str = "bicubic") -> AnyPlanes:
     """The whole field of view at its aspect ratio, centred on black."""
     rows, columns = image.shape[:2]
     if rows * width >= columns * height:
         inner = height, max(1, (2 * columns * height + rows) // (2 * rows))
     else:
         inner = max(1, (2 * rows * width + columns) // (2 * columns)), width
-    resized = resize(image, *inner)
+    resized = _resized(image, *inner, mode)
     planes = np.zeros((resized.shape[0], height, width), resized.dtype)
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
     planes[:, top : top + inner[0], left : left + inner[1]] = resized
     return planes
 
 
-def dino(image: Gray | Colour, height: int, width: int) -> Planes:
+def dino(image: Pixels, height: int, width: int, *, mode: str = "bicubic") -> AnyPlanes:
     """DINO's evaluation transform: the short side to 256/224 of the target, then the centre of that.
-
-    For a target that is not square, the image is made just large enough to cover 256/224 of both sides. The longer side
-    is cut to whole pixels and odd margins are halved to the even neighbour, as torchvision's Resize and CenterCrop do.
 
     Raises:
         DecodeError: an image so long that its resized form would be absurdly large.
     """
-    rows, columns = image.shape[:2]
     high, wide = ((2 * side * 256 + 224) // (2 * 224) for side in (height, width))
-    if rows * wide >= columns * high:
-        covering = rows * wide // columns, wide
+    return _centre(_cover(image, high, wide, "dino", mode), height, width)
+
+
+def short(image: Pixels, height: int, width: int, *, mode: str = "bicubic") -> AnyPlanes:
+    """The short side to the target, then the centre of that: the largest centred part of the target's shape.
+
+    Raises:
+        DecodeError: as `dino`.
+    """
+    return _centre(_cover(image, height, width, "short", mode), height, width)
+
+
+def _cover(image: Pixels, height: int, width: int, name: str, mode: str) -> AnyPlanes:
+    """The image at its aspect ratio, just large enough to cover both sides.
+
+    The longer side is cut to whole pixels, as torchvision's Resize does.
+    """
+    rows, columns = image.shape[:2]
+    if rows * width >= columns * height:
+        covering = rows * width // columns, width
     else:
-        covering = high, columns * high // rows
+        covering = height, columns * height // rows
     if covering[0] * covering[1] > MAX_PIXELS:
         raise DecodeError(
-            f"{rows}x{columns} pixels are too long a shape for the geometry dino; use squash or letterbox"
+            f"{rows}x{columns} pixels are too long a shape for the geometry {name}; use squash or letterbox"
         )
-    resized = resize(image, *covering)
-    top, left = round((covering[0] - height) / 2), round((covering[1] - width) / 2)
-    return np.ascontiguousarray(resized[:, top : top + height, left : left + width])
+    return _resized(image, covering[0], covering[1], mode)
 
 
-GEOMETRIES = {"squash": squash, "letterbox": letterbox, "dino": dino}
+def _centre(planes: Shaped[np.ndarray, "C H W"], height: int, width: int) -> AnyPlanes:
+    """Odd margins are halved to the even neighbour, as torchvision's CenterCrop does."""
+    top, left = round((planes.shape[1] - height) / 2), round((planes.shape[2] - width) / 2)
+    return np.ascontiguousarray(planes[:, top : top + height, left : left + width])
+
+
+def spline(image: Pixels, height: int, width: int, *, mode: str = "bicubic") -> AnyPlanes:
+    """The whole field of view by a quadratic spline through the stored values, in their own type; not antialiased.
+
+    The centres of the corner pixels stay where they are. `mode` counts only where it is nearest.
+    Source: image preparation of DINOv3 on chest radiographs, scipy's zoom of order 2.
+    """
+    from scipy.ndimage import zoom
+
+    factors = (height / image.shape[0], width / image.shape[1]) + (1,) * (image.ndim - 2)
+    return _planes(zoom(image, factors, order=0 if mode == NEAREST else 2))
+
+
+GEOMETRIES: dict[str, Callable[..., AnyPlanes]] = {
+    "squash": squash,
+    "letterbox": letterbox,
+    "dino": dino,
+    "short": short,
+    "spline": spline,
+}

@@ -13,7 +13,7 @@ from featstore.errors import FeatstoreError, StoreError, UnknownNameError
 from featstore.objects import Place, as_object
 from featstore.store.bucket import enter
 from featstore.store.features import FeatureSet
-from featstore.store.layout import check_store, differences, read_spec, set_name, store_path
+from featstore.store.layout import DECODED, check_store, differences, read_spec, set_name, store_path
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Entry:
     def name(self) -> str:
         """`dataset/model@res`."""
         return f"{self.dataset}/{set_name(self.spec)}"
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether it holds decoded images, and no embeddings."""
+        return bool(self.spec["weights"].get("kind") == DECODED)
 
     @property
     def full_name(self) -> str:
@@ -91,7 +96,7 @@ class Store:
                 continue  # removed just now
 
     def find(self, dataset: str, model: str | None = None) -> list[Entry]:
-        """Sets of a data set that `model` names: `tiny`, `tiny@98` or `tiny@98-1a2b`.
+        """Sets of a data set that `model` names: `tiny`, `tiny@98` or `tiny@98-1a2b`; without it all with embeddings.
 
         Raises:
             CorruptError, SchemaError: a set that may be meant cannot be read.
@@ -99,7 +104,7 @@ class Store:
         found = []
         for item in self._scan(dataset):
             if isinstance(item, Entry):
-                if model is None or _matches(item, model):
+                if not item.is_decoded if model is None else _matches(item, model):
                     found.append(item)
             elif model is None or item[0].name.startswith(model):
                 raise item[1]

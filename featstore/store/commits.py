@@ -438,7 +438,7 @@ def check_finite(array: ArraySpec, values: np.ndarray, failed: Bool[np.ndarray, 
     Raises:
         StoreError: naming the first offending row and the stored type.
     """
-    if array.dtype == "int8":  # quantised from finite values: a failed row is zero, and the marker is its mask
+    if array.dtype in ("int8", "uint8"):  # always finite: a failed row is zero, and the marker is its mask
         assert not values[failed].any(), f"{array.name}: a failed row holds numbers"
         return
     if array.dtype == "bfloat16":

@@ -23,9 +23,14 @@ READABLE = (1, SCHEMA)  # what stores of an older schema hold is read, never wri
 HOME = "FEATSTORE_HOME"
 MIN_BLOCK, MAX_BLOCK = 256, 16384
 BLOCK_GFLOP, BLOCK_BYTES = 1e5, 4 * 2**30  # what a kill may cost: some minutes of a GPU, one transfer
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "uint8": 1}
+DECODED = "decoded"  # model of the sets that keep decoded images, and their kind of weights
 LEFT = "the sample left the data set before it was extracted"  # reason of rows that nothing can compute any more
-AXES = {"registers": ("row", "register", "dim"), "patches": ("row", "patch", "dim")}
+AXES = {
+    "registers": ("row", "register", "dim"),
+    "patches": ("row", "patch", "dim"),
+    "pixels": ("row", "channel", "y", "x"),
+}
 
 
 def store_path(explicit: Place | str | None = None) -> Place:

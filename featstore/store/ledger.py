@@ -216,13 +216,15 @@ def seal_rows(path: Place) -> None:
         files.create_exclusive(seal_path(path), files.sealed({"bytes": len(data), "sha256": files.digest(data)}))
 
 
-def _known_rows(folder: Place) -> dict[tuple[str, int], int]:
-    """(id, size) -> latest row index over all manifests seen so far."""
-    known: dict[tuple[str, int], int] = {}
+def _known_rows(folder: Place) -> dict[tuple[str, int], tuple[int, ...]]:
+    """(id, size) -> row indices over all manifests seen so far."""
+    known: dict[tuple[str, int], tuple[int, ...]] = {}
     for path in sorted((folder / "rows").glob("*.parquet")):
         ids, sizes, rows = read_mapping(path)
         for sample, size, row in zip(ids, sizes, rows.tolist()):
-            known[sample, size] = max(row, known.get((sample, size), -1))
+            held = known.get((sample, size), ())
+            if row not in held:
+                known[sample, size] = (*held, row)
     return known
 
 
@@ -248,9 +250,9 @@ def preview_rows(
     known = _known_rows(folder)
     rows = np.full(len(samples), -1, np.int64)
     for position, (sample, size, content) in enumerate(zip(samples, sizes, stated)):
-        row = known.get((sample, size), -1)
-        if row >= 0 and (content is None or held.get(row) == content):
-            rows[position] = row
+        # A file that was changed back has an older row.
+        fitting = [row for row in known.get((sample, size), ()) if content is None or held.get(row) == content]
+        rows[position] = max(fitting, default=-1)
     return rows
 
 

@@ -20,10 +20,10 @@ from featstore.store.catalog import Entry, Store
 from featstore.store.layout import ArraySpec, check_current, read_spec, set_name
 from featstore.store.reader import ShardedArray
 from featstore.store.shards import read_summary, shard_key
+from featstore.store.values import check_values
 
 T = TypeVar("T")
 
-PIECE_BYTES = 16 * 2**20  # values are looked at in pieces of this size, one for each thread
 THREADS = min(4, os.cpu_count() or 1)  # waiting for the disk and looking at values overlap; checksums hold the GIL
 SEALED = (
     *("spec.json", "ledger/*.json", "rows/*.json", "runs/*.json", "commits/*/*.json"),
@@ -345,32 +345,12 @@ def _check_shard(folder: Place, shard: _Shard, reader: ShardedArray | None, deep
         )
         if [found.size, found.index_crc, found.data_crc] != shard.commit.shards[array.name][str(shard.number)]:
             return "size or checksum differs from what was committed", found.size
-        return _check_values(shard, reader) if reader is not None else "", found.size
+        fault = "" if reader is None else check_values(shard.array, shard.rows, shard.commit.failed, reader)
+        return fault, found.size
     except FileNotFoundError:
         return "the shard file is missing", 0
     except OSError as error:  # damaged, or a bad sector
         return str(error), 0
-
-
-def _check_values(shard: _Shard, reader: ShardedArray) -> str:
-    """Failed rows are NaN (zero for integers), all others finite and not all zero."""
-    step = max(1, PIECE_BYTES // shard.array.row_bytes)
-    start, end = shard.rows
-    for first in range(start, end, step):
-        stop = min(first + step, end)
-        # A bucket is read through the local cache, whose damage must not count as the bucket's.
-        values = reader.read(first, stop, verify=not isinstance(reader.path, os.PathLike)).reshape(stop - first, -1)
-        failed = np.isin(np.arange(first, stop), list(shard.commit.failed))
-        zero = ~values.any(1)
-        if shard.array.dtype == "int8":
-            wrong, what = zero != failed, "is all zero without having failed, or the reverse"
-        else:
-            wrong, what = np.isfinite(values).all(1) == failed, "is NaN without having failed, or the reverse"
-        if wrong.any():
-            return f"row {first + int(wrong.argmax())} {what}"
-        if (zero & ~failed).any():
-            return f"row {first + int((zero & ~failed).argmax())} is all zero"
-    return ""
 
 
 def _check_mappings(folder: Place, spec: dict[str, Any], book: ledger.Ledger, known: _Manifests) -> Iterator[Problem]:

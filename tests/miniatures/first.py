@@ -8,16 +8,32 @@ from standins import write_chexpert, write_nih
 
 from miniatures import Miniature
 
+CHEXPERT_TASKS = (
+    "chexpert-5", "chexpert-14", "chexpert-5-mgca", "chexpert-10-a", "chexpert-10-a-nothree", "chexpert-7-a",
+    "chexpert-6-c", "chexpert-age", "chexpert-sex",
+)  # fmt: skip
+
 
 def nih(root: Path) -> Miniature:
-    rows = write_nih(root, num_patients=12)
-    return Miniature(root=root, samples=len(rows))
+    rows = write_nih(root, num_patients=30)
+    names = [row["Image Index"] for row in rows[:3]]
+    # The header ends with blank columns, the rows do not; Infiltration has another name there.
+    lines = ["Image Index,Finding Label,Bbox [x,y,w,h],,,", f"{names[0]},Cardiomegaly,225.084745762712,547.25,86.5,79"]
+    lines += [f"{names[2]},Infiltrate,10,20,30,40", f"{names[2]},Nodule,1,2,3,4"]
+    (root / "BBox_List_2017.csv").write_text("\n".join(lines) + "\n")
+    tasks = ("nih-14", "nih-15", "nih-14-a", "nih-7-a", "nih-14-c", "nih-15-c", "nih-age", "nih-sex")
+    return Miniature(root=root, samples=len(rows), tasks=tasks)
 
 
 def chexpert(root: Path) -> Miniature:
-    release = write_chexpert(root, num_patients=24)
-    samples = sum(len((release / name).read_text().splitlines()) - 1 for name in ("train.csv", "valid.csv"))
-    return Miniature(root=release, samples=samples, tasks=("chexpert-5",))
+    release = write_chexpert(root, num_patients=30, with_test=True)
+    # The later test release is a folder by itself.
+    (release / "CheXpert").mkdir()
+    for name in ("test", "test.csv"):
+        (release / name).rename(release / "CheXpert" / name)
+    tables = [release / "train.csv", release / "valid.csv", release / "CheXpert/test.csv"]
+    samples = sum(len(path.read_text().splitlines()) - 1 for path in tables)
+    return Miniature(root=release, samples=samples, tasks=CHEXPERT_TASKS)
 
 
 def _picture(path: Path, level: int, rng: np.random.Generator) -> None:

@@ -1,0 +1,329 @@
+"""Worker processes that decode: a codec that crashes or hangs costs its image, never the run.
+
+Every worker is started afresh (never forked) and has a pipe of its own to one thread here, which hands it one image at
+a time: no queue, lock or memory is shared, so the death of a worker, at whatever moment, leaves nothing locked. A
+worker ends when its pipe closes, as it does when this process dies.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from featstore.errors import FeatstoreError
+from featstore.extraction.loader import Loaded, Sample, load_image
+from featstore.files import retry
+from featstore.images import PreprocessSpec
+from featstore.images.opening import OpenFiles
+from featstore.inputs import Inputs
+from featstore.store.commits import RowState
+
+DECODE_SECONDS = 120.0  # for one image, reading it included
+START_SECONDS = 120.0  # for a process to import what it needs, on a machine that is busy
+TRIES = 2
+EXIT_SECONDS = 20.0  # for a process that failed to come to its end
+STARTS = 5  # of a process that signals end before it is ready
+STEAL = 32  # samples of one file that must wait before a second worker opens that file too
+CRASHED = "the decoder crashed"
+# What a codec does to itself. Any other signal comes from outside, and says nothing about the image.
+CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS}
+_ORPHAN_SECONDS = 1.0  # between two looks of a worker whether its parent lives
+
+
+class WorkerPool:
+    """Decodes samples in `workers` processes; each keeps the files that it has open, see `OpenFiles`.
+
+    Leaving the context ends the processes at once, whatever they are doing.
+    """
+
+    def __init__(
+        self, inputs: Inputs, spec: PreprocessSpec, *, workers: int, decode_seconds: float = DECODE_SECONDS
+    ) -> None:
+        self._condition = threading.Condition()
+        self._waiting: deque[tuple[Sample, Future[Loaded]]] = deque()
+        self._closed = False
+        self._workers = [_Worker(inputs, spec, decode_seconds) for _ in range(workers)]
+        self._threads = [
+            threading.Thread(target=self._serve, args=(worker,), name="decode", daemon=True) for worker in self._workers
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._condition:
+            self._closed = True
+            self._waiting.clear()
+            self._condition.notify_all()
+        for worker in self._workers:
+            worker.close()
+        for thread in self._threads:
+            thread.join()
+        for worker in self._workers:
+            worker.end()
+
+    @property
+    def pids(self) -> list[int]:
+        """Processes that are running."""
+        return [process.pid for worker in self._workers if (process := worker.process) is not None]
+
+    @property
+    def notes(self) -> list[str]:
+        """What workers have to say about files that they could not copy."""
+        return sorted({worker.note for worker in self._workers if worker.note is not None})
+
+    def submit(self, sample: Sample) -> "Future[Loaded]":
+        """`load_image` of a sample, in a worker; the future raises what that raises."""
+        future: Future[Loaded] = Future()
+        with self._condition:
+            self._waiting.append((sample, future))
+            self._condition.notify_all()
+        return future
+
+    def _serve(self, worker: "_Worker") -> None:
+        while (task := self._take(worker)) is not None:
+            sample, future = task
+            try:
+                future.set_result(worker.load(sample))
+            except BaseException as error:  # whatever it is, it belongs to who waits for the image
+                future.set_exception(error)
+
+    def _take(self, worker: "_Worker") -> tuple[Sample, "Future[Loaded]"] | None:
+        """The next sample for a worker, of the file it has open if there is one; None when the pool is closed."""
+        with self._condition:
+            while not self._closed:
+                chosen = self._choose(worker)
+                if chosen is not None:
+                    task = self._waiting[chosen]
+                    del self._waiting[chosen]
+                    worker.path = task[0].path if task[0].part else None
+                    return task
+                self._condition.wait()
+            return None
+
+    def _choose(self, worker: "_Worker") -> int | None:
+        elsewhere = {other.path for other in self._workers if other is not worker} - {None, worker.path}
+        counts: dict[str, int] = {}
+        free: int | None = None
+        for position, (sample, _) in enumerate(self._waiting):
+            if sample.part and sample.path == worker.path:
+                return position
+            if not sample.part or sample.path not in elsewhere:
+                free = position if free is None else free
+            else:
+                counts[sample.path] = counts.get(sample.path, 0) + 1
+        if free is not None:
+            return free
+        many = {path for path, count in counts.items() if count >= STEAL}
+        return next((at for at, (sample, _) in enumerate(self._waiting) if sample.path in many), None)
+
+
+class _Worker:
+    """One process, replaced when it ends; used by one thread."""
+
+    def __init__(self, inputs: Inputs, spec: PreprocessSpec, decode_seconds: float) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.path: str | None = None
+        self.note: str | None = None
+        self._inputs, self._spec, self._seconds = inputs, spec, decode_seconds
+        self._pipe: Connection | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """End the process, and start none any more; the thread that waits for it sees the pipe close."""
+        with self._lock:
+            self._closed = True
+            if self.process is not None:
+                self.process.kill()
+
+    def load(self, sample: Sample) -> Loaded:
+        """The sample's image; one that ends the process is tried once more.
+
+        Raises:
+            FeatstoreError: the process was ended from outside, as the system does when memory runs out, twice.
+        """
+        crashes = 0
+        signals: list[int] = []
+        while crashes < TRIES:
+            try:
+                pipe = self._running()
+                pipe.send(sample)
+                if not pipe.poll(self._seconds):
+                    self.end()
+                    return None, RowState(self._content(sample), f"decoding took more than {self._seconds:g} s")
+                return self._receive(pipe)
+            except (EOFError, ConnectionError):
+                code = self.end(EXIT_SECONDS)
+                if code is None or not _from_outside(code):
+                    crashes += 1
+                    continue
+                signals.append(-code)
+                if len(signals) == TRIES and not self._closed:
+                    raise FeatstoreError(f"a worker process was {_ended(code)}; what is committed stays") from None
+        return None, RowState(self._content(sample), CRASHED)
+
+    def _receive(self, pipe: Connection) -> Loaded:
+        found, shape, dtype, self.note = pipe.recv()
+        if isinstance(found, BaseException):
+            raise found
+        if shape is None:
+            return None, found
+        image: np.ndarray = np.empty(shape, dtype)
+        pipe.recv_bytes_into(image.reshape(-1).view(np.uint8).data)
+        return image, found
+
+    def _content(self, sample: Sample) -> str:
+        return retry(lambda: self._inputs.hash(sample.path))
+
+    def _running(self) -> Connection:
+        """The pipe of a process that is ready.
+
+        Raises:
+            FeatstoreError: none can be started.
+        """
+        if self.process is not None and self.process.poll() is None and self._pipe is not None:
+            return self._pipe
+        for _ in range(STARTS):
+            pipe, code = self._begin()
+            if pipe is not None:
+                return pipe
+            if code is None or code >= 0:
+                break  # its own doing, and not a signal that hit it by chance
+        if code is not None and code < 0:
+            raise FeatstoreError(f"a worker process did not start: {_ended(code)}")
+        raise FeatstoreError(
+            "a worker process did not start "
+            f"({'it took too long' if code is None else f'exit status {code}'}); its message stands above; "
+            "use --worker-type thread"
+        )
+
+    def _begin(self) -> tuple[Connection | None, int | None]:
+        """(pipe of a new process that is ready, None), or (None, exit status)."""
+        self.end()
+        with self._lock:
+            if self._closed:
+                raise FeatstoreError("the worker processes are closed")
+            here, there = Pipe()
+            try:
+                self.process, self._pipe = _start(there), here
+            finally:
+                there.close()
+        try:
+            here.send((self._inputs, self._spec, self._seconds))
+            if here.poll(START_SECONDS) and here.recv() == "ready":
+                return here, None
+            self.end()
+            return None, None
+        except (EOFError, ConnectionError):
+            return None, self.end(EXIT_SECONDS)
+
+    def end(self, grace: float = 0.0) -> int | None:
+        """End the process if there is one.
+
+        One whose pipe closed by itself is about to end, and its own status says why: it is given `grace` seconds, and
+        that status is returned; None where it had to be ended.
+        """
+        with self._lock:
+            process, pipe = self.process, self._pipe
+            self.process = self._pipe = None
+        if pipe is not None:
+            pipe.close()
+        if process is None:
+            return None
+        if grace:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=grace)
+        process.kill()
+        process.wait()
+        return None
+
+
+def _from_outside(code: int) -> bool:
+    """Whether an exit status is that of a process which a signal of somebody else ended."""
+    return code < 0 and -code not in CRASHES
+
+
+def _ended(code: int) -> str:
+    return f"ended by signal {-code}, as when memory runs out; use fewer --workers"
+
+
+def _start(pipe: Connection) -> "subprocess.Popen[bytes]":
+    # Not by multiprocessing: that runs the caller's main module again, which a script without a guard does not survive.
+    number = pipe.fileno()
+    os.set_inheritable(number, True)
+    paths = os.pathsep.join(path for path in sys.path if path)
+    single = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "featstore.extraction.workers", str(number)],
+        stdin=subprocess.DEVNULL,
+        pass_fds=(number,),
+        env={**os.environ, **single, "PYTHONPATH": paths},
+        process_group=0,  # Ctrl-C is for the process that started it
+    )
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_ORPHAN_SECONDS)
+    os._exit(1)
+
+
+def serve(pipe: Connection) -> None:
+    """What a worker process does until its pipe closes."""
+    inputs, spec, seconds = pipe.recv()
+    # What decoding imports, before the first image: the time of that one is limited too.
+    import pyarrow  # noqa: F401
+    import torch
+
+    import featstore.images.raster
+    import featstore.images.resize  # noqa: F401
+
+    torch.set_num_threads(1)
+    pipe.send("ready")
+    opened = OpenFiles()
+    with open(os.devnull, "w") as nowhere:
+        while True:
+            try:
+                sample = pipe.recv()
+            except (EOFError, ConnectionError):
+                return
+            # Ends this process even where a decoder holds the interpreter and its parent is gone.
+            faulthandler.dump_traceback_later(seconds + 10, exit=True, file=nowhere)
+            reply: tuple[Any, Any, Any]
+            image = None
+            try:
+                image, state = load_image(inputs, opened, sample, spec)
+                reply = state, None if image is None else image.shape, None if image is None else image.dtype.str
+            except (FeatstoreError, OSError, MemoryError) as error:
+                reply = error, None, None
+            except Exception as error:  # a mistake of ours: it stops the run over there
+                reply = RuntimeError(f"{type(error).__name__} while decoding {sample.path}: {error}"), None, None
+            faulthandler.cancel_dump_traceback_later()
+            pipe.send((*reply, inputs.staging_note()))
+            if image is not None:
+                pipe.send_bytes(np.ascontiguousarray(image).reshape(-1).view(np.uint8).data)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
+    os.dup2(2, 1)  # what libraries print is no result
+    serve(Connection(int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

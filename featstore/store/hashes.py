@@ -1,0 +1,41 @@
+"""Hashes of the files behind samples, whoever took them, and the samples that are equal by them."""
+
+from collections.abc import Sequence
+
+from featstore.datasets.manifest import Manifest
+from featstore.errors import IncompleteError
+from featstore.store import commits, ledger
+from featstore.store.catalog import Store
+
+_NO_CONTENT = "0" * commits.HASH_HEX  # rows whose bytes were never read
+
+
+def file_hashes(store: Store, manifest: Manifest) -> list[str | None]:
+    """Content hash of each sample's file: of registration, else of any set for which its bytes were read."""
+    found = [taken or stated for taken, stated in zip(manifest.hashes(), manifest.column("content"))]
+    for entry in store.entries(manifest.name):
+        open_rows = [row for row, value in enumerate(found) if value is None]
+        if not open_rows:
+            break
+        try:
+            rows = ledger.read_rows(entry.folder, manifest.short)
+        except IncompleteError:  # made for another manifest
+            continue
+        held: dict[int, str] = {}
+        for group in ledger.read_ledger(entry.folder).groups:
+            for commit in commits.read_commits(entry.folder, group).values():
+                held.update((row, commit.content(row)) for row in range(commit.start, commit.stop))
+        for row in open_rows:
+            value = held.get(int(rows[row]))
+            if value is not None and value != _NO_CONTENT:
+                found[row] = value
+    return found
+
+
+def equal_rows(hashes: Sequence[str | None], parts: Sequence[str | None]) -> list[list[int]]:
+    """Rows that are the same part of files with the same bytes, two or more each; slices of one file are not equal."""
+    held: dict[tuple[str, str], list[int]] = {}
+    for row, (value, part) in enumerate(zip(hashes, parts)):
+        if value is not None:
+            held.setdefault((value, part or ""), []).append(row)
+    return [rows for rows in held.values() if len(rows) > 1]

@@ -1,0 +1,54 @@
+"""Sets of given features on a table of given columns, for tests of tasks: no backbone, no images to decode."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from featstore.configs import RegisterConfig
+from featstore.register import register
+from featstore.store.features import FeatureSet
+from featstore.store.importer import import_features
+
+PARTS = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+
+
+def write_set(
+    store: Path,
+    root: Path,
+    columns: dict[str, list[Any]],
+    features: np.ndarray,
+    *,
+    name: str = "x",
+    model: str = "m",
+    failed: tuple[int, ...] = (),
+    label_columns: str = "",
+) -> FeatureSet:
+    """Register `columns` (`part` splits, `pid` groups, `stud` studies) as a data set and import its features."""
+    root.mkdir(parents=True, exist_ok=True)
+    size = len(features)
+    names = [f"{number:03d}.png" for number in range(size)]
+    for file in names:
+        (root / file).write_bytes(b"x")
+    pq.write_table(pa.table({"path": names, **columns}), root / "labels.parquet")
+    config = RegisterConfig(
+        table=root / "labels.parquet",
+        label_columns=label_columns,
+        split_column="part" if "part" in columns else None,
+        group_column="pid" if "pid" in columns else None,
+        study_column="stud" if "stud" in columns else None,
+    )
+    register(store, name, root, config)
+    kept = [number for number in range(size) if number not in failed]
+    np.savez(root / "f.npz", features=features[kept].astype(np.float32), id=np.array([names[row] for row in kept]))
+    return import_features(store, root / "f.npz", dataset=name, model=model)[0][name, model]
+
+
+def with_volumes(features: FeatureSet) -> FeatureSet:
+    """The set with its column `volume` read as the ids of volumes."""
+    meta = {**features.manifest.meta, "places": ["volume"]}
+    features.manifest = dataclasses.replace(features.manifest, meta=meta)
+    return features
