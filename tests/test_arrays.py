@@ -25,6 +25,7 @@ from featstore.images.arrayfile import decode_errors
 from featstore.images.arrays import ArrayFile, open_hdf5, open_matlab, open_npy, open_npz
 from featstore.images.decoded import DecodeOptions
 from featstore.images.part import Part
+from featstore.images.sizes import MAX_PIXELS
 
 OPTIONS = DecodeOptions()
 VOLUME = np.random.default_rng(0).integers(0, 30000, (4, 5, 6), dtype=np.int16)
@@ -442,7 +443,10 @@ def test_damaged_files_are_refused_or_read_but_never_crash(seed: int, form: str)
     where = rng.integers(0, len(data), rng.integers(1, 9))
     data[where] = rng.integers(0, 256, len(where))
     with contextlib.suppress(DecodeError):
-        opening.open_bytes(data.tobytes()).pixels(Part(index=1), OPTIONS)
+        found = opening.open_bytes(data.tobytes()).pixels(Part(index=1), OPTIONS).pixels
+        assert found.ndim in (2, 3)
+        assert 0 < found.size <= MAX_PIXELS
+        assert np.isfinite(found).all()
 
 
 def test_memory_is_told_and_given_back() -> None:

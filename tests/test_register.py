@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,27 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import standins
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_sets import CLS, make_spec_of
 
 from cli.main import featstore
-from featstore import files
 from featstore.configs import RegisterConfig
 from featstore.datasets import DATASETS, choose_adapter, folder, read_source, table
 from featstore.datasets.contents import hashing_cost
-from featstore.datasets.manifest import MISSING, Manifest, build, check_unchanged, table_digest
+from featstore.datasets.manifest import Manifest, build, table_digest
 from featstore.datasets.source import Source, build_table
 from featstore.datasets.splits import split_by_group
 from featstore.datasets.walk import find_files
 from featstore.errors import ConfigError, ManifestError, UnknownNameError
-from featstore.extraction.plan import committed_contents
 from featstore.inputs import Inputs
-from featstore.register import NO_CONTENT, register
-from featstore.store import commits, ledger
+from featstore.register import register
 from featstore.store.catalog import Store
-from featstore.store.commits import BlockWriter, RowState
-from featstore.store.layout import set_folder
 
 
 def images(root: Path, *names: str) -> Path:
@@ -58,9 +48,6 @@ def add_table(root: Path, text: str, name: str = "labels.csv") -> Path:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return images(tmp_path / "data", "a.png", "b.png", "c/d.png")
-
-
-# --- tables
 
 
 def test_table_keeps_every_cell_and_fills_the_reserved_columns(root: Path, store_path: Path) -> None:
@@ -220,9 +207,6 @@ def test_allow_missing_keeps_the_rows(root: Path, store_path: Path) -> None:
     assert result.meta["missing"] == 1
 
 
-# --- folders
-
-
 def test_folder_of_classes(tmp_path: Path, store_path: Path) -> None:
     names = ["cat/1.png", "cat/2.JPG", "dog/old/3.tif", "top.webp", "dog/notes.txt", ".trash/4.png", "cat/.5.png"]
     result, _ = register(store_path, "pets", images(tmp_path / "pets", *names), RegisterConfig(split_seed=2))
@@ -279,9 +263,6 @@ def test_faults_of_folders(tmp_path: Path) -> None:
         folder.read(tmp_path)
 
 
-# --- adapters and roots
-
-
 def test_adapter_follows_the_name_unless_asked() -> None:
     assert choose_adapter("mine", None, None) == "folder"
     assert choose_adapter("mine", None, Path("t.csv")) == "table"
@@ -324,9 +305,6 @@ def test_generated_data_needs_no_root(store_path: Path, tmp_path: Path, monkeypa
     assert mine.root == tmp_path / "new"
 
 
-# --- growth
-
-
 def again(store_path: Path, root: Path) -> Manifest:
     return register(store_path, "mine", root, RegisterConfig())[0]
 
@@ -366,241 +344,6 @@ def test_registering_mends_a_damaged_manifest(root: Path, store_path: Path) -> N
     assert Store(store_path).manifest("mine").digest == second.digest
 
 
-# --- edits between registrations and extractions
-
-
-class World:
-    """A data set of three files, a store with two sets, and what the bytes were whenever a manifest was made."""
-
-    IDS = ("a.png", "b.png", "c.png")
-
-    def __init__(self, base: Path) -> None:
-        self.store_path, self.root = base / "store", base / "root0"
-        self.roots = 0
-        self.clock = 10**18
-        self.meant: dict[str, dict[str, str]] = {}
-        self.pending: list[tuple[Path, list[tuple[int, int, int]], dict[int, RowState]]] = []
-        for name in self.IDS:
-            self.write(name, "0")
-        self.register(False)
-
-    def write(self, name: str, letter: str) -> None:
-        self.root.mkdir(exist_ok=True)
-        self.clock += 10**9
-        (self.root / name).write_text(f"{name}{letter}")
-        os.utime(self.root / name, ns=(self.clock, self.clock))
-
-    def touch(self, name: str) -> None:
-        if (self.root / name).exists():
-            self.clock += 10**9
-            os.utime(self.root / name, ns=(self.clock, self.clock))
-
-    def hide(self, name: str, letter: str) -> None:
-        """Other bytes of equal size behind an unchanged time; whoever registers next hashes everything.
-
-        Not while a run goes on: nothing on the disk could tell which of them it has read.
-        """
-        path = self.root / name
-        if not self.pending and path.exists() and path.stat().st_size == len(f"{name}{letter}"):
-            time_ns = path.stat().st_mtime_ns
-            path.write_text(f"{name}{letter}")
-            os.utime(path, ns=(time_ns, time_ns))
-            self.register(True)
-
-    def remove(self, name: str) -> None:
-        (self.root / name).unlink(missing_ok=True)
-
-    def copy(self) -> None:
-        self.roots += 1
-        old, self.root = self.root, self.root.with_name(f"root{self.roots}")
-        self.root.mkdir()
-        for path in sorted(old.iterdir()):
-            shutil.copyfile(path, self.root / path.name)
-            self.touch(path.name)
-
-    def bytes_now(self) -> dict[str, str]:
-        return {name: sha(self.root / name) for name in self.IDS if (self.root / name).exists()}
-
-    def register(self, hashed: bool) -> None:
-        if self.root.is_dir() and any(self.root.iterdir()):
-            made, _ = register(self.store_path, "mine", self.root, RegisterConfig(hash=hashed))
-            self.meant[made.short] = self.bytes_now()
-
-    def start(self, which: int) -> None:
-        """What a run does before it commits: check the files, map the samples to rows, read what is missing."""
-        manifest = Store(self.store_path).manifest("mine")
-        try:
-            check_unchanged(manifest, np.arange(len(manifest)))
-        except ManifestError:
-            return
-        spec = make_spec_of(block_rows=2, dataset="mine", weights=str(which))
-        folder = set_folder(self.store_path, spec)
-        files.create_exclusive(folder / "spec.json", files.sealed(spec))
-        ledger.add_arrays(folder, [CLS])
-        rows = ledger.add_rows(folder, manifest, lambda: committed_contents(folder)).tolist()
-        ledger.write_metadata(folder, spec, ledger.read_ledger(folder))
-        now = {name: sha(manifest.root / name) for name in manifest.column("id")}
-        states = {row: RowState(now[sample]) for row, sample in zip(rows, manifest.column("id"))}
-        blocks = [item for item in ledger.read_ledger(folder).blocks(2) if not {*range(*item[1:])}.isdisjoint(rows)]
-        self.pending.append((folder, blocks, states))
-
-    def finish(self, num_blocks: int) -> None:
-        """The oldest run commits its first blocks, and dies before the others."""
-        if not self.pending:
-            return
-        folder, blocks, states = self.pending.pop(0)
-        for block, start, stop in blocks[:num_blocks]:
-            if block in commits.committed_blocks(folder, "cls"):
-                continue
-            with BlockWriter(folder, "cls", [CLS], block, start, stop, 2) as writer:
-                held = [states.get(row, RowState(NO_CONTENT, "left")) for row in range(start, stop)]
-                values = np.array([np.full(8, np.nan if item.reason else 1.0) for item in held], np.float16)
-                writer.append({"cls": values}, held)
-                writer.commit()
-
-    def check(self) -> None:
-        """What a set serves for a manifest was computed from the bytes that the manifest was last made from."""
-        for path in (self.store_path / "sets").glob("*/*/rows/*.parquet"):
-            ids, sizes, rows = ledger.read_mapping(path)
-            held = committed_contents(path.parent.parent)
-            for sample, size, row in zip(ids, sizes, rows.tolist(), strict=True):
-                if size != MISSING and held.get(row, NO_CONTENT) != NO_CONTENT:
-                    assert held[row] == self.meant[path.stem][sample], (path.stem, sample)
-
-
-def sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-
-
-names = st.sampled_from(World.IDS)
-events = st.one_of(
-    st.tuples(st.just("write"), names, st.sampled_from(["0", "1", "1", "2", "longer"])),
-    st.tuples(st.just("touch"), names),
-    st.tuples(st.just("hide"), names, st.sampled_from(["0", "1", "2"])),
-    st.tuples(st.just("remove"), names),
-    st.tuples(st.just("copy")),
-    st.tuples(st.just("register"), st.booleans()),
-    st.tuples(st.just("register"), st.just(False)),
-    st.tuples(st.just("start"), st.integers(0, 1)),
-    st.tuples(st.just("finish"), st.integers(0, 3)),
-    st.tuples(st.just("finish"), st.just(9)),
-)
-
-
-def play(history: list[tuple[Any, ...]]) -> None:
-    with tempfile.TemporaryDirectory() as base:
-        world = World(Path(base))
-        for name, *values in history:
-            getattr(world, name)(*values)
-        world.check()
-        world.register(False)  # and so that what the last manifest is served is looked at too
-        world.start(0)
-        world.finish(9)
-        world.check()
-
-
-@settings(max_examples=8, deadline=None)
-@given(st.lists(events, min_size=4, max_size=10))
-def test_no_row_of_other_bytes_is_ever_served_for_a_manifest(history: list[tuple[Any, ...]]) -> None:
-    play(history)
-
-
-@pytest.mark.slow
-@settings(max_examples=150, deadline=None)
-@given(st.lists(events, min_size=4, max_size=24))
-def test_no_row_of_other_bytes_is_ever_served_for_a_manifest_full(history: list[tuple[Any, ...]]) -> None:
-    play(history)
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path)
-
-
-def digests(world: World) -> str:
-    world.register(False)
-    return Store(world.store_path).manifest("mine").short
-
-
-def compute(world: World) -> int:
-    """Extract set 0; returns how many rows it has then, those of older bytes included."""
-    world.start(0)
-    world.finish(9)
-    world.check()
-    return sum(len(held) for held in map(committed_contents, (world.store_path / "sets").glob("*/*")))
-
-
-def test_touched_and_copied_files_leave_digest_and_rows_as_they_were(world: World) -> None:
-    first = digests(world)
-    assert compute(world) == 3
-    world.touch("a.png")
-    assert digests(world) == first
-    world.copy()
-    assert digests(world) == first
-    assert compute(world) == 3
-    assert Store(world.store_path).manifest("mine").root == world.root
-
-
-def test_an_edit_of_equal_size_after_extraction_recomputes_that_row_alone(world: World) -> None:
-    first = digests(world)
-    compute(world)
-    world.write("b.png", "1")
-    second = digests(world)
-    assert second != first
-    assert compute(world) == 4
-    world.touch("b.png")
-    assert digests(world) == second
-    world.write("b.png", "0")
-    assert digests(world) not in (first, second), "the row of the first manifest is another than the latest of its size"
-
-
-def test_an_edit_before_extraction_leaves_the_digest(world: World) -> None:
-    first = digests(world)
-    world.write("b.png", "1")
-    assert digests(world) == first
-    assert compute(world) == 3
-
-
-def test_two_roots_with_other_bytes_in_turn_have_two_manifests(world: World) -> None:
-    first = digests(world)
-    compute(world)
-    one = world.root
-    world.copy()
-    world.write("a.png", "1")
-    two = world.root
-    seen = []
-    for root in (two, one, two, one):
-        world.root = root
-        seen.append(digests(world))
-        compute(world)
-    assert seen[0] == seen[2]
-    assert seen[1] == seen[3]
-    assert len({first, *seen}) == 3
-
-
-def test_what_a_run_may_be_about_to_commit_is_in_doubt(world: World) -> None:
-    first = digests(world)
-    world.start(0)
-    world.write("a.png", "1")
-    assert digests(world) != first
-    world.finish(9)
-    world.check()
-
-
-def test_damaged_sets_put_every_changed_file_in_doubt(world: World) -> None:
-    first = digests(world)
-    compute(world)
-    for path in (world.store_path / "sets").glob("*/*/ledger/000001.json"):
-        path.write_text("{")
-    assert digests(world) == first, "nobody asks while files are as they were"
-    world.touch("a.png")
-    assert digests(world) != first
-    assert Store(world.store_path).manifest("mine").column("content") == [sha(world.root / "a.png"), None, None]
-
-
-# --- hashes
-
-
 def test_hashing_at_registration_reads_every_file_once(
     root: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -626,7 +369,8 @@ def test_hashing_at_registration_reads_every_file_once(
     assert sorted(read) == ["a.png"] * 2 + ["b.png"] * 2, "each time what is there is read, once"
     assert told == [(1, 2)] * 4
     assert hashed.digest == plain.digest
-    assert hashed.hashes() == [sha(root / "a.png"), sha(root / "b.png"), sha(root / "a.png"), None]
+    first, second = (hashlib.sha256((root / name).read_bytes()).hexdigest()[:32] for name in ("a.png", "b.png"))
+    assert hashed.hashes() == [first, second, first, None]
     assert register(store_path, "mine", root, config)[0].hashes() == hashed.hashes()
     assert hashing_cost(hashed).files == 0
 
@@ -673,9 +417,6 @@ def test_columns_of_a_table_that_are_called_like_places_stay_columns(root: Path,
     assert result.meta["label_columns"] == ["part"]
     second, _ = register(store_path, "mine", root, RegisterConfig(table=Path("labels.csv"), label_columns="part"))
     assert second.digest == result.digest
-
-
-# --- speed
 
 
 def write_files(root: Path) -> int:
