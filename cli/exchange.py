@@ -14,6 +14,7 @@ from cli.operations import ManifestOption, existing_home, open_home, print_facts
 from featstore.errors import ConfigError, CorruptError, ManifestError
 
 if TYPE_CHECKING:
+    from featstore.store.catalog import Entry, Store
     from featstore.store.diff import SetDiff
     from featstore.store.merge import Merged
 
@@ -49,10 +50,12 @@ def import_(
     Rows find their samples by id; samples that the file lacks are marked failed. float16 and bfloat16 stay, other
     floats become float32. Nothing is ever unpickled. The same file again adds nothing.
     """
+    from featstore.backbones.catalogue import check_import_name
     from featstore.store.importer import import_features
     from featstore.store.layout import store_path
     from featstore.store.locks import writer_lock
 
+    check_import_name(name)
     root = store_path(store)
     with writer_lock(root):
         home, folder, count = import_features(
@@ -306,10 +309,17 @@ def explain(
         str | None, typer.Argument(help="another set; without it the identity of the first is shown")
     ] = None,
     *,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="read weights that differ, and say whether their tensors are equal")
+    ] = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """What two sets differ in, field by field; or what makes up the identity of one."""
+    """What two sets differ in, field by field; or what makes up the identity of one.
+
+    The hub, Meta and timm publish one network in different files. With --tensors both are read, every byte of them, and
+    the answer is remembered.
+    """
     from featstore.store.layout import differences
 
     home = open_home(store)
@@ -323,14 +333,59 @@ def explain(
         return
     b = home.entry(second)
     found = differences(a.spec["identity"], b.spec["identity"])
+    other = any(key == "weights" for key, _, _ in found)
+    without = _without_files(a, b)
+    equal = _equal_tensors(home, a, b, compute=tensors) if other and without is None else None
     if json:
-        show.emit_json([{"field": key, "first": left, "second": right} for key, left, right in found])
+        rows: list[dict[str, Any]] = [{"field": key, "first": left, "second": right} for key, left, right in found]
+        show.emit_json([{**row, "equal_tensors": equal} if row["field"] == "weights" else row for row in rows])
     elif not found:
         print(f"{a.full_name} and {b.full_name} have the same identity")
     else:
         show.table(
             "", ["field", a.full_name, b.full_name], [[key, str(left), str(right)] for key, left, right in found]
         )
+        if other:
+            print(f"weights: {without or SAID_OF_TENSORS[equal]}")
+
+
+NO_FILES = {"imported": "imported features", "random": "random weights", "function": "your own function"}
+
+
+def _without_files(*entries: "Entry") -> str | None:
+    """Why there are no tensors to compare, where a set's numbers come from something else than files of weights."""
+    lines = [
+        f"{entry.full_name} is of {NO_FILES[kind]}"
+        for entry in entries
+        if (kind := entry.spec["weights"]["kind"]) in NO_FILES
+    ]
+    return f"no files to compare: {' and '.join(lines)}" if lines else None
+
+
+SAID_OF_TENSORS = {
+    True: "other files, equal tensors",
+    False: "other files, other tensors",
+    None: "other files; whether their tensors are equal is not known, --tensors reads them",
+}
+
+
+def _equal_tensors(home: "Store", a: "Entry", b: "Entry", *, compute: bool) -> bool | None:
+    """Whether two sets' weights are the same numbers in other files; None where nobody has looked."""
+    from featstore import files
+    from featstore.backbones.equal_tensors import same_tensors, tensors_digest
+    from featstore.objects import as_object
+
+    folder = (home.path if as_object(home.path) is None else files.user_cache()) / "cache"
+    if any("architecture" not in entry.spec["identity"] for entry in (a, b)):
+        return None  # imported features
+    if compute:
+        from featstore.extraction.recheck import find_backbone
+
+        for entry in (a, b):
+            if entry.spec["weights"]["kind"] not in ("hub", "local", "embedded"):
+                return None  # no files
+            tensors_digest(find_backbone(entry.spec, None, folder / "weights.json"), folder / "tensors.json")
+    return same_tensors(a.spec["identity"], b.spec["identity"], folder / "tensors.json")
 
 
 COMMANDS = {

@@ -1,8 +1,11 @@
 """`featstore register` and `featstore extract`."""
 
 import contextlib
+import os
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,14 +14,16 @@ import typer
 from cli import show
 from cli.flags import with_config
 from featstore.configs import RegisterConfig, RunConfig, SetConfig, parse_bytes
-from featstore.errors import ConfigError, StoreError
+from featstore.errors import ConfigError, DeviceError, FeatstoreError, StoreError
 from featstore.objects import Place, as_object
 
 if TYPE_CHECKING:
+    from featstore.backbones.tokens import Backbone
     from featstore.datasets.manifest import Manifest
     from featstore.extraction.decoded_cache import Cache
     from featstore.extraction.pipeline import Summary
     from featstore.extraction.plan import Plan
+    from featstore.extraction.sharded import Lenders
 
 StoreOption = Annotated[
     str | None,
@@ -126,7 +131,10 @@ def extract(
     from featstore.store.layout import store_path
 
     home = Store(store_path(store))
-    if not json:
+    # Of the processes of torchrun that share one network, the first one speaks.
+    speaks = run.memory != "shard" or os.environ.get("RANK", "0") == "0"
+    quiet = json or not speaks
+    if not quiet:
         print(f"store {home.path}", flush=True)
     if ":" in config.model:
         sys.path.append(str(Path.cwd()))  # so that `module:function` finds a module beside the user
@@ -134,12 +142,12 @@ def extract(
     plans = [
         planning.make_plan(home, name, config, run, source) for name in planning.registered_datasets(home, dataset)
     ]
-    if not json:
+    if not quiet:
         for plan in plans:
             _print_plan(plan, run)
-    check_space(home.path, plans, run, quiet=json)
-    summaries = [] if run.dry_run else run_plans(plans, run, quiet=json)
-    if json:
+    check_space(home.path, plans, run, quiet=quiet)
+    summaries = [] if run.dry_run else run_plans(plans, run, quiet=quiet)
+    if json and speaks:
         show.emit_json(
             [
                 {
@@ -153,6 +161,7 @@ def extract(
             if run.dry_run
             else summaries
         )
+    raise_errors(summaries)
     if summaries and all(item["samples"] and item["failed"] == item["samples"] for item in summaries):
         raise ConfigError("no image could be decoded; check the root and the files")
 
@@ -243,31 +252,89 @@ def check_space(root: Place, plans: "list[Plan]", run: RunConfig, *, quiet: bool
 
 
 def run_plans(plans: "list[Plan]", run: RunConfig, *, quiet: bool) -> list[dict[str, Any]]:
+    """Extract one set after another; over several processes where the network is sharded, of which one reports.
+
+    Where several are asked for, one whose images or options cannot do leaves the others alone: its result has `error`.
+    """
+    if run.memory != "shard":
+        return _run_plans(plans, run, None, quiet=quiet)
+    from featstore.extraction.pipeline import choose_device
+    from featstore.extraction.sharded import Lenders
+
+    lenders = Lenders(plans, run, choose_device(run.device))
+    if lenders.rank:
+        lenders.serve()
+        return []
+    try:
+        return _run_plans(plans, run, lenders, quiet=quiet)
+    finally:
+        lenders.dismiss()
+
+
+def _run_plans(plans: "list[Plan]", run: RunConfig, lenders: "Lenders | None", *, quiet: bool) -> list[dict[str, Any]]:
+    results = []
+    backbones = _Backbones(plans, run, lenders)
+    for number, plan in enumerate(plans):
+        try:
+            results.append(_run_plan(plan, run, partial(backbones.get, number), quiet=quiet))
+        except FeatstoreError as error:
+            # The store, the weights' files, the device and the other processes are the next set's too.
+            if len(plans) == 1 or lenders is not None or isinstance(error, OSError | DeviceError):
+                raise
+            show.say(f"{plan.name}: error: {error}")
+            results.append({"set": plan.name, "samples": 0, "failed": 0, "blocks": 0, "error": str(error)})
+    return results
+
+
+def raise_errors(results: list[dict[str, Any]]) -> None:
+    """Raise `ConfigError` that names every set that `run_plans` could not make."""
+    broken = [f"{item['set']}: {item['error']}" for item in results if "error" in item]
+    if broken:
+        raise ConfigError(f"{len(broken)} of {len(results)} sets failed, the others are done: {'; '.join(broken)}")
+
+
+class _Backbones:
+    """The network of one plan at a time, kept while the next plan computes in the same type."""
+
+    def __init__(self, plans: "list[Plan]", run: RunConfig, lenders: "Lenders | None"):
+        self._plans, self._run, self._lenders = plans, run, lenders
+        self._dtype = ""
+        self._held: Backbone | None = None
+
+    def get(self, number: int) -> "Backbone":
+        from featstore.extraction.creation import load_backbone
+        from featstore.extraction.pipeline import choose_device
+
+        plan = self._plans[number]
+        dtype = plan.spec["identity"]["compute_dtype"]
+        if self._held is None or self._dtype != dtype:
+            self._held, self._dtype = None, dtype  # let go of the one before
+            if self._lenders is None:
+                self._held = load_backbone(plan, self._run, choose_device(self._run.device))
+            else:
+                self._held = self._lenders.load(number)
+        return self._held
+
+
+def _run_plan(plan: "Plan", run: RunConfig, backbone: "Callable[[], Backbone]", *, quiet: bool) -> dict[str, Any]:
     from featstore.extraction.prepare import is_prepared, prepare
 
-    results = []
-    backbone, loaded = None, ""
-    for plan in plans:
-        cache, notes = _fill_cache(plan, run) if run.decoded_cache else (None, [])
-        if len(plan.todo) == 0:
-            if not is_prepared(plan):  # a manifest with nothing new: only the mapping of its rows is missing
-                prepare(plan)
-            if not quiet:
-                for note in notes:
-                    print(f"    {note}")
-            results.append({"set": plan.name, "samples": 0, "failed": 0, "blocks": 0, "seconds": 0.0, "notes": notes})
-            continue
-        from featstore.extraction import pipeline
+    cache, notes = _fill_cache(plan, run) if run.decoded_cache else (None, [])
+    if len(plan.todo) == 0:
+        if not is_prepared(plan):  # a manifest with nothing new: only the mapping of its rows is missing
+            prepare(plan)
+        if not quiet:
+            for note in notes:
+                print(f"    {note}")
+        return {"set": plan.name, "samples": 0, "failed": 0, "blocks": 0, "seconds": 0.0, "notes": notes}
+    from featstore.extraction import pipeline
 
-        show.say(f"{plan.name}: loading the backbone")
-        if backbone is None or loaded != plan.spec["identity"]["compute_dtype"]:
-            loaded = plan.spec["identity"]["compute_dtype"]
-            backbone = pipeline.load_backbone(plan, run, pipeline.choose_device(run.device))
-        with show.progress(plan.name, len(plan.todo)) as advance:
-            summary = pipeline.extract(plan, run, backbone=backbone, cache=cache, advance=advance, say=show.say)
-        summary.notes[:0] = notes
-        results.append(_report(summary, plan, quiet=quiet))
-    return results
+    show.say(f"{plan.name}: loading the backbone")
+    network = backbone()
+    with show.progress(plan.name, len(plan.todo)) as advance:
+        summary = pipeline.extract(plan, run, backbone=network, cache=cache, advance=advance, say=show.say)
+    summary.notes[:0] = notes
+    return _report(summary, plan, quiet=quiet)
 
 
 def _fill_cache(plan: "Plan", run: RunConfig) -> "tuple[Cache, list[str]]":

@@ -52,7 +52,7 @@ def stop(message: str, code: int) -> NoReturn:
 
 
 def _store_app() -> typer.Typer:
-    from cli import card, demo, doctor, exchange, extract, formats, intensities, maintenance, operations
+    from cli import backbones, card, demo, doctor, exchange, extract, formats, intensities, maintenance, operations
 
     app = typer.Typer(
         name="featstore",
@@ -72,9 +72,11 @@ def _store_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for module in (extract, operations, card, intensities, maintenance, exchange, formats, doctor, demo):
+    for module in (extract, operations, backbones, card, intensities, maintenance, exchange, formats, doctor, demo):
         for name, command in module.COMMANDS.items():
-            app.command(name, no_args_is_help=name in ("register", "extract", "import", "card"))(guarded(command))
+            app.command(name, no_args_is_help=name in ("register", "extract", "import", "card", "fetch"))(
+                guarded(command)
+            )
     return app
 
 

@@ -199,6 +199,7 @@ def mv(
 
     Examples: `featstore mv chexpert/vit@224 chexpert/vit-ours`; `featstore mv chexpert/vit@224 --to /data/store2`.
     """
+    from featstore.backbones.catalogue import check_new_name
     from featstore.store.moving import move_set, rename_set, set_bytes
 
     if (new is None) == (to is None):
@@ -206,6 +207,7 @@ def mv(
     home = existing_home(store)
     entry = home.entry(name)
     if new is not None:
+        check_new_name(new.partition("/")[2], entry.spec)
         print(f"renamed to {rename_set(entry, new)}")
     elif to is not None:
         with show.megabytes("mv", set_bytes(entry)) as advance:

@@ -1,4 +1,4 @@
-"""`featstore ls, info, models, datasets`."""
+"""`featstore ls, info, datasets`."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,12 +95,20 @@ def _set_row(row: dict[str, Any], *, unique: bool) -> list[str]:
         "RANDOM" if row["weights"] == "random" else row["weights"],
         f"{pixels} {row['geometry'] or ''}".strip(),
         ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in row["arrays"].items()) + _form(row),
-        row["dtype"] + (f" (in {row['compute_dtype']})" if row["compute_dtype"] not in (None, "float32") else ""),
+        row["dtype"] + _computed(row),
         str(row["ok"]),
         str(row["failed"]),
         str(row["pending"]),
         show.size(row["bytes"]),
     ]
+
+
+def _computed(row: dict[str, Any]) -> str:
+    """What the network computed in, where it was not float32 with weights of the same type."""
+    dtype, weights = row["compute_dtype"], row.get("weight_dtype")
+    if weights is not None:
+        return f" (in {dtype}, {weights} weights)"
+    return f" (in {dtype})" if dtype not in (None, "float32") else ""
 
 
 def _form(row: dict[str, Any]) -> str:
@@ -166,56 +174,6 @@ def print_facts(facts: dict[str, Any], indent: str = "") -> None:
             print(f"{indent}{key}: {show.size(value) if key == 'bytes' else value}")
 
 
-def list_models() -> list[dict[str, Any]]:
-    """Facts of every named backbone."""
-    from pkgutil import resolve_name
-
-    from featstore.backbones import BACKBONES
-    from featstore.backbones.family import Release
-
-    rows = []
-    for name, target in BACKBONES.items():
-        entry = resolve_name(target)
-        release = isinstance(entry, Release)
-        architecture = entry.architecture if release else entry
-        source = entry.hub_id if release else ("random" if name == "tiny-random" else "embedded")
-        gated = release and entry.gated
-        rows.append(
-            {
-                "model": name,
-                "weights": source,
-                "gated": gated,
-                "parameters": architecture.num_parameters(),
-                **architecture.as_dict(),
-            }
-        )
-    return rows
-
-
-def models(*, json: JsonOption = False) -> None:
-    """Backbones by name, with width, depth, patch size and the hub id of their weights."""
-    rows = list_models()
-    if json:
-        show.emit_json(rows)
-        return
-    keys = ("embed_dim", "depth", "num_heads", "patch_size", "num_registers", "native_size")
-    show.table(
-        "",
-        ["model", "weights", "width", "depth", "heads", "patch", "registers", "native", "parameters"],
-        [
-            [
-                row["model"],
-                row["weights"] + (" (gated)" if row["gated"] else ""),
-                *(str(row[key]) for key in keys),
-                f"{row['parameters'] / 1e6:.1f} M",
-            ]
-            for row in rows
-        ],
-        right=("width", "depth", "heads", "patch", "registers", "native", "parameters"),
-    )
-    print("also hf:DIR_OR_ID for a folder or hub id of these families, and module:function for your own")
-
-
 def datasets(
     name: Annotated[str | None, typer.Argument(help="a family: explain its layout")] = None, *, json: JsonOption = False
 ) -> None:
@@ -234,4 +192,4 @@ def datasets(
         show.table("", ["family", "what"], [[key, text.splitlines()[0]] for key, text in texts.items()])
 
 
-COMMANDS = {"ls": ls, "info": info, "models": models, "datasets": datasets}
+COMMANDS = {"ls": ls, "info": info, "datasets": datasets}

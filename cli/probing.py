@@ -96,7 +96,7 @@ def _evaluate(
 
 def _extract_first(home: Any, config: EvalConfig) -> None:
     """Run the extraction that the probe would ask for: of a set that is there as it was made, else by name."""
-    from cli.extract import check_space, run_plans
+    from cli.extract import check_space, raise_errors, run_plans
     from featstore.configs import RunConfig, SetConfig
     from featstore.errors import ConfigError
     from featstore.extraction.plan import make_plan
@@ -112,7 +112,7 @@ def _extract_first(home: Any, config: EvalConfig) -> None:
         for wanted in made or [SetConfig(model=model, res=resolution or None)]
     ]
     check_space(home.path, plans, run, quiet=True)
-    run_plans(plans, run, quiet=True)
+    raise_errors(run_plans(plans, run, quiet=True))
 
 
 def results(

@@ -12,7 +12,12 @@ from featstore.errors import ConfigError
 
 Geometry = Literal["squash", "letterbox", "dino", "short", "spline", "hf"]
 Fit = Literal["nearest", "floor", "tokens", "strict"]
-Attention = Literal["sdpa", "eager"]
+Attention = Literal["sdpa", "eager", "xformers", "flash"]
+Memory = Literal["auto", "resident", "stream", "shard"]
+Compile = Literal["auto", "on", "off", "graphs"]
+PosInterp = Literal["hf", "meta"]
+Norm = Literal["final", "none"]
+WeightDtype = Literal["same", "int8", "fp8"]
 StoredDtype = Literal["float16", "float32", "bfloat16"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -82,6 +87,23 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return layers
 
 
+def parse_window(text: str | None) -> tuple[int, int] | None:
+    """(size, stride) of a window in pixels: `512` or `512/256`; without a stride windows touch.
+
+    Raises:
+        ConfigError: anything else, or a stride beyond the size.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9][0-9]{0,5})(?:/([1-9][0-9]{0,5}))?", text.strip())
+    size, stride = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 0 < stride <= size:
+        raise ConfigError(
+            f"--window is a size in pixels such as 512, or 512/256 with a stride of at most the size; got {text!r}"
+        )
+    return size, stride
+
+
 def parse_reduce(text: str) -> tuple[str, ...]:
     """Comma-separated reductions of patch tokens in the order in which they are done: pool, pca, int8.
 
@@ -109,13 +131,24 @@ class SetConfig:
         str | None, "input size in pixels: 512, or 384x512 (height x width); default: the model's native size"
     ] = None
     weights: Annotated[
-        Path | None, "folder (config.json + safetensors) or .safetensors file to load instead of the hub's"
+        Path | None, "folder (config.json + weights), .safetensors, or Meta's .pth, to load instead of the hub's"
     ] = None
+    revision: Annotated[str | None, "branch, tag or commit of the hub's weights; default: the newest"] = None
     random_weights: Annotated[
         int | None, "seed: fill the network with reproducible random weights instead of loading any"
     ] = None
     tokens: Annotated[str, "arrays to keep: cls, mean_patch, registers, patches"] = "cls,mean_patch"
-    layers: Annotated[str, "also keep these blocks' tokens (after the final norm): 4,8,12 or -4,-1"] = ""
+    layers: Annotated[str, "also keep these blocks' tokens: 4,8,12 or -4,-1 (the last is -1)"] = ""
+    norm: Annotated[
+        Norm | None, "tokens after the network's final norm, or before it (none); default: as published for the model"
+    ] = None
+    pos_interp: Annotated[
+        PosInterp | None,
+        "resize learned positions as transformers (hf) or as Meta's code does; default: as the weights' own code",
+    ] = None
+    window: Annotated[
+        str | None, "run the network over windows of this size and put their patches together: 512, or 512/256 (stride)"
+    ] = None
     geometry: Annotated[
         Geometry,
         "squash: whole image to the size; letterbox: padded; dino: short side x256/224, crop; short: short side to the "
@@ -131,6 +164,13 @@ class SetConfig:
     compute_dtype: Annotated[
         ComputeDtype, "auto: bfloat16 on a GPU that has it, else float32; fixed when the set is created"
     ] = "auto"
+    weight_dtype: Annotated[
+        WeightDtype, "keep the matrices of the blocks in int8 or fp8, behind the precision gate; same: as they compute"
+    ] = "same"
+    min_cosine: Annotated[
+        float | None,
+        "lowest cosine to float32 that the precision gate accepts for any row; default: the gate's own thresholds",
+    ] = None
     intensity: Annotated[
         str, "values to grey levels: native, minmax, percentile:1-99, window:40/400, ... (`featstore intensities`)"
     ] = "native"
@@ -158,6 +198,9 @@ class SetConfig:
             )
         if self.weights is not None and self.random_weights is not None:
             raise ConfigError("--weights and --random-weights exclude each other; give one")
+        if self.min_cosine is not None and not -1 <= self.min_cosine <= 1:
+            raise ConfigError(f"--min-cosine must lie between -1 and 1, got {self.min_cosine}")
+        parse_window(self.window)
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ConfigError(f"--name is letters, digits, '.', '_' and '-', got {self.name!r}")
         if self.block_rows is not None and (self.block_rows < 1 or self.block_rows & (self.block_rows - 1)):
@@ -169,18 +212,29 @@ class RunConfig:
     """How it is computed: nothing here changes what a set is."""
 
     device: Annotated[str, "auto, cpu, cuda or cuda:1"] = "auto"
-    batch_size: Annotated[int | None, "images per forward pass; default: from the token count"] = None
+    batch_size: Annotated[int | None, "images per forward pass; default: from --tokens-per-batch"] = None
+    tokens_per_batch: Annotated[
+        int | None, "tokens per forward pass, whatever the image size; default: by device, on a GPU by trial"
+    ] = None
     workers: Annotated[int | None, "threads or processes that read and decode; default: one per core"] = None
     worker_type: Annotated[WorkerType, "thread, or process: survives a decoder that crashes or hangs"] = "thread"
     decoded_cache: Annotated[
         bool, "keep the resized images in the store, so that the next model at this size decodes nothing"
     ] = False
     stage: Annotated[Path | None, "copy input files to this folder on a local disk and read them from there"] = None
-    attention: Annotated[Attention, "attention kernel: sdpa (memory-efficient) or eager"] = "sdpa"
+    attention: Annotated[
+        Attention, "attention kernel: sdpa (torch's own choice), xformers, flash (FlashAttention alone), or eager"
+    ] = "sdpa"
+    memory: Annotated[
+        Memory, "weights whole on the device, streamed block by block, or sharded over the processes of torchrun"
+    ] = "auto"
+    compile: Annotated[Compile, "torch.compile: auto is on for GPUs; graphs adds CUDA graphs"] = "auto"
     max_bytes: Annotated[str, "stop and ask for --yes beyond this much new data"] = "100GB"
     max_failed: Annotated[str, "stop when more than this share of the images cannot be decoded: 1% or 0.01"] = "100%"
     retry_failed: Annotated[bool, "compute blocks with failed images again"] = False
-    dry_run: Annotated[bool, "say what would be done and stop"] = False
+    dry_run: Annotated[
+        bool, "say what would be done and stop; of weights' files whose digest is not known yet it is kept"
+    ] = False
     yes: Annotated[bool, "go on beyond --max-bytes or the free space"] = False
 
     def __post_init__(self) -> None:
@@ -188,6 +242,10 @@ class RunConfig:
         parse_share(self.max_failed)
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"--batch-size must be at least 1, got {self.batch_size}")
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise ConfigError(f"--tokens-per-batch must be at least 1, got {self.tokens_per_batch}")
+        if self.tokens_per_batch is not None and self.batch_size is not None:
+            raise ConfigError("--tokens-per-batch and --batch-size exclude each other; give one")
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"--workers must be at least 1, got {self.workers}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):

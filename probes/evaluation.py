@@ -14,6 +14,7 @@ import numpy as np
 from featstore import files
 from featstore.errors import CorruptError, IncompleteError, UnknownNameError
 from featstore.objects import Place
+from featstore.pretraining import overlap_of_set
 from featstore.records import peak_memory_bytes
 from featstore.request import command_of
 from featstore.store.catalog import Entry, Store
@@ -29,6 +30,7 @@ from probes.sensitivity import PolicyComparison, policy_specs
 from probes.tasks import Task, choose_task, make_task
 
 DEFAULT_FEATURES = ("cls+mean_patch", "cls")
+TOKEN_MEAN = "mean_all"
 
 
 Compare = Callable[[Task, Fitted, dict[str, Any]], dict[str, Any]]
@@ -65,7 +67,7 @@ def evaluate_sets(
     manifest = store.manifest(config.dataset, config.manifest)
     labels = tuple(name.strip() for name in config.labels.split(",") if name.strip())
     spec = choose_task(manifest, task=config.task, labels=labels, where=config.where, reading=reading)
-    sets = complete_sets(store, config)
+    sets = with_token_mean(complete_sets(store, config), config.features)
     if reading.policies:
         specs = policy_specs(spec, reading.policies)
         by_set = [[make_task(found, item, allow_leak=config.allow_leak) for item in specs.values()] for found in sets]
@@ -159,6 +161,24 @@ def complete_sets(store: Store, config: EvalConfig) -> list[FeatureSet]:
     return complete
 
 
+def with_token_mean(sets: list[FeatureSet], features: str | None) -> list[FeatureSet]:
+    """Of several sets those that have the features asked for: networks that pool have no mean over all tokens.
+
+    They are named and passed over, unless nothing else would be left: then the error says why.
+    """
+    pooled = [
+        item.name
+        for item in sets
+        if features == TOKEN_MEAN and item.spec["identity"].get("architecture", {}).get("summary") == "pool"
+    ]
+    if not pooled or len(pooled) == len(sets):
+        return sets
+    logging.getLogger(__name__).warning(
+        "skipped, no CLS token to take a mean_all with: %s; --features cls+mean_patch has them", ", ".join(pooled)
+    )
+    return [item for item in sets if item.name not in pooled]
+
+
 def _open_complete(store: Store, entry: Entry, manifest: str | None) -> FeatureSet | None:
     features_set = store.open(entry, manifest=manifest)
     try:
@@ -218,7 +238,11 @@ def evaluate_one(
             "gpu_seconds": 0.0,
         },
         "deviations": list(task.spec.deviations),
-        "pretraining_overlap": "no" if source.random else "unknown",
+        "pretraining_overlap": overlap_of_set(
+            source.spec["weights"],
+            [item.manifest.meta["adapter"] for item in (source, tested)],
+            random=source.random,
+        ),
         "notes": list(fitted.notes),
     }
     predictions = prediction_columns(task, {"val": fitted.val_scores, "test": fitted.test_scores})

@@ -107,7 +107,7 @@ def check_tokens_cover_the_grid(backbone: Backbone) -> None:
         tokens = backbone(images(backbone, rows, columns))
         assert tokens.cls.shape == (2, facts.embed_dim)
         assert tokens.registers.shape == (2, facts.num_registers, facts.embed_dim)
-        assert tokens.patches.shape == (2, rows * columns, facts.embed_dim)
+        assert tokens.patches.shape == (2, rows * columns, facts.patch_width)
         assert facts.num_tokens(rows * facts.patch_size, columns * facts.patch_size) == 1 + facts.num_registers + (
             rows * columns
         )

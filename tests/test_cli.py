@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import register_pictures
+from pictures import CONFIG, register_pictures
 
+from featstore.configs import RunConfig
+from featstore.errors import DeviceError, StoreError
+from featstore.register import register
 from featstore.store.catalog import Store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,6 +142,52 @@ def test_dry_run_writes_nothing(store: Path) -> None:
     assert sorted(store.rglob("*")) == before
 
 
+@pytest.mark.slow  # five processes
+def test_one_data_set_that_cannot_be_measured_leaves_the_others_alone(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for name in ("aaa", "pics", "zzz"):
+        register_pictures(store, tmp_path / name, 4, name)
+    for path in (tmp_path / "aaa/images").iterdir():
+        path.write_bytes(b"broken")
+    register(store, "aaa", tmp_path / "aaa", CONFIG)
+    asked = ("--model", "tiny", "--res", "42", "--weight-dtype", "int8")
+    error = r"error: 1 of 3 sets failed, the others are done: aaa/tiny@42: .*no image of aaa could be decoded: nothing"
+    text = run("featstore", "extract", *asked, store=store, code=2)
+    assert re.search(error, text)
+    assert "pics/tiny@42: 4 computed" in text
+    assert "zzz/tiny@42: 4 computed" in text
+    assert "float16 (in float32, int8 weights)" in run("featstore", "ls", store=store)
+    again = run("featstore", "extract", *asked, "--json", store=store, code=2)
+    found = json.loads(again[: again.index("\n]") + 2])
+    assert [(item["set"], "error" in item) for item in found] == [
+        ("aaa/tiny@42", True),
+        ("pics/tiny@42", False),
+        ("zzz/tiny@42", False),
+    ]
+    alone = run("featstore", "extract", "--dataset", "aaa", *asked, store=store, code=2)
+    assert re.search(r"error: float32 with int8 weights is compared .* no image of aaa could be decoded", alone)
+    assert "sets failed" not in alone
+    assert not (store / "sets/aaa").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("gone"), DeviceError("full"), StoreError("locked")])
+def test_what_concerns_every_set_stops_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    from cli import extract
+
+    calls: list[str] = []
+
+    def broken(plan: str, *args: object, **options: object) -> dict[str, object]:
+        calls.append(plan)
+        raise error
+
+    monkeypatch.setattr(extract, "_run_plan", broken)
+    with pytest.raises(type(error)):
+        extract.run_plans(["a", "b"], RunConfig(), quiet=True)  # type: ignore[list-item]
+    assert calls == ["a"]
+
+
 def test_probe_extracts_what_it_misses(store: Path) -> None:
     text = run("probes", "knn", "--dataset", "pics", "--model", "tiny@56", store=store, code=2)
     assert (
@@ -149,7 +198,7 @@ def test_probe_extracts_what_it_misses(store: Path) -> None:
 
 
 WRONG = [
-    (("featstore", "extract", "--model", "dinov4"), r"unknown backbone 'dinov4'.*known: dinov2-small"),
+    (("featstore", "extract", "--model", "dinov4"), r"unknown backbone 'dinov4'; did you mean"),
     (
         ("featstore", "extract", "--model", "dinov3-7b", "--res", "512"),
         r"no weights from facebook/dinov3-vit7b16.*--weights DIR",

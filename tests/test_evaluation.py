@@ -11,17 +11,19 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from featstore.configs import RegisterConfig
-from featstore.errors import IncompleteError, TaskError
+from featstore.errors import ConfigError, IncompleteError, TaskError
 from featstore.register import register
 from featstore.store.catalog import Store
+from featstore.store.features import FeatureSet
 from featstore.store.importer import import_features
 from probes import report
 from probes.configs import EvalConfig, KnnConfig, LinearConfig
-from probes.evaluation import complete_sets, evaluate_sets
+from probes.evaluation import complete_sets, evaluate_sets, with_token_mean
 from probes.records import load_predictions, load_records
 from probes.selection import fit_linear, folds
 from probes.tasks import choose_task, make_task
 
+POOLED = {"summary": "pool"}
 LINEAR, KNN = LinearConfig(C="0.001,0.01,0.1,1"), KnnConfig(k="5,20")
 CONFIG = RegisterConfig(
     table=Path("table.csv"), id_column="name", group_column="patient", split_column="split", label_columns="a,b,kind"
@@ -292,6 +294,22 @@ def test_default_k_above_the_bank_is_dropped_and_recorded(tmp_path: Path, store_
     record = evaluate_sets(store, "knn", EvalConfig(dataset="small", labels="a", resamples=10), KnnConfig())[0]
     assert record["choices"]["dropped"] == [100, 200]
     assert record["choices"]["k"] in (10, 20)
+
+
+def test_networks_that_pool_are_passed_over_for_mean_all(
+    data: tuple[Store, Path, np.ndarray], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = data[0]
+    (plain,) = complete_sets(store, evaluation())
+    pooled = FeatureSet(plain.folder, plain.manifest)
+    pooled.spec = {**plain.spec, "model": "net", "identity": {**plain.spec["identity"], "architecture": POOLED}}
+    assert with_token_mean([plain, pooled], "cls") == [plain, pooled]
+    assert caplog.text == ""
+    assert with_token_mean([plain, pooled], "mean_all") == [plain]
+    assert "skipped, no CLS token to take a mean_all with: synth/net" in caplog.text
+    (only,) = with_token_mean([pooled], "mean_all")  # asked for alone: the error says why
+    with pytest.raises(ConfigError, match="synth/net: mean_all is the mean over CLS, registers and patches, and this"):
+        only.parts("mean_all")
 
 
 def test_damaged_records_are_told_and_not_counted(

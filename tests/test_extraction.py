@@ -12,10 +12,13 @@ import zarr
 from pictures import CONFIG, register_pictures, tree_bytes, write_pictures, write_table
 from PIL import Image
 
+from featstore.backbones import devices
 from featstore.configs import RunConfig, SetConfig
 from featstore.errors import ConfigError, DeviceError, FeatstoreError, IncompleteError, ManifestError, StoreError
+from featstore.extraction import pipeline
+from featstore.extraction.batching import default_batch_size
 from featstore.extraction.loader import Job, Loader
-from featstore.extraction.pipeline import Summary, choose_device, default_batch_size, extract
+from featstore.extraction.pipeline import Summary, choose_device, extract
 from featstore.extraction.plan import make_plan
 from featstore.images import to_pixels
 from featstore.register import register
@@ -280,28 +283,7 @@ def test_more_tokens_join_the_same_set(pictures: Path, store_path: Path) -> None
     assert all(after[name] == data for name, data in before.items() if not name.endswith("zarr.json"))
 
 
-def test_resume_refuses_other_numbers(pictures: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featstore.extraction import pipeline
-
-    calls: list[int] = []
-
-    def stop(images: int, failed: int) -> None:
-        calls.append(images)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        extract(make_plan(Store(store_path), "pics", TINY, RUN), RUN, advance=stop)
-    real = pipeline.to_pixels
-    monkeypatch.setattr(pipeline, "to_pixels", lambda *args, **options: real(*args, **options) * 1.2)
-    with pytest.raises(ConfigError, match=r"recomputing committed rows of cls gives a relative difference of"):
-        run(store_path)
-    monkeypatch.setattr(pipeline, "to_pixels", real)
-    assert run(store_path).computed == 34
-
-
 def test_overflow_stops_before_the_commit(pictures: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featstore.extraction import pipeline
 
     real = pipeline.pick
     monkeypatch.setattr(pipeline, "pick", lambda tokens, name: real(tokens, name) * 1e6)
@@ -330,9 +312,12 @@ def test_compute_dtype_stays_with_the_set(pictures: Path, store_path: Path, monk
         make_plan(Store(store_path), "pics", SetConfig(model="tiny", res="42"), RUN)
     monkeypatch.setattr(planning, "cuda_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    fresh = make_plan(Store(store_path), "pics", SetConfig(model="tiny", res="56"), RunConfig())
-    assert fresh.spec["identity"]["compute_dtype"] == "bfloat16"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    # The second card is of another kind: the one that is asked for counts, not the current one.
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: device.index == 1)
+    for device, dtype in (("auto", "float32"), ("cuda", "float32"), ("cuda:1", "bfloat16")):
+        fresh = make_plan(Store(store_path), "pics", SetConfig(model="tiny", res="56"), RunConfig(device=device))
+        assert fresh.spec["identity"]["compute_dtype"] == dtype
 
 
 def test_sets_of_other_names_do_not_decide_the_compute_dtype(pictures: Path, store_path: Path) -> None:
@@ -405,7 +390,10 @@ def test_sizes_that_the_patch_does_not_divide(pictures: Path, store_path: Path) 
     ("config", "message"),
     [
         (SetConfig(model="tiny", res="42", layers="5"), r"--layers 5: tiny has blocks 1 to 4"),
-        (SetConfig(model="dinov2-small", random_weights=0, tokens="registers"), r"dinov2-small has no register tokens"),
+        (
+            SetConfig(model="dinov2-small", random_weights=0, tokens="registers"),
+            r"dinov2-small-random has no register tokens",
+        ),
         (
             SetConfig(model="dinov2-small", random_weights=0, geometry="hf"),
             r"--geometry hf needs the checkpoint's preprocessor_config.json",

@@ -22,7 +22,7 @@ from tiny_sets import (
 )
 
 from featstore.datasets.manifest import Manifest
-from featstore.errors import IncompleteError, UnknownNameError
+from featstore.errors import ConfigError, IncompleteError, UnknownNameError
 from featstore.store import features as module
 from featstore.store.commits import RowState
 from featstore.store.features import FeatureSet, RowArray
@@ -215,6 +215,15 @@ def test_mean_all_asks_for_the_registers_that_the_model_has(tmp_path: Path) -> N
     folder = prepare(tmp_path, make_spec_of(architecture={"num_registers": 4}), manifest, [CLS, PATCHES])
     write_missing(folder, 1, block_rows=16)
     with pytest.raises(UnknownNameError, match="has no 'registers'"):
+        FeatureSet(folder, manifest).load("mean_all")
+
+
+def test_mean_all_needs_a_token_that_is_not_pooled(tmp_path: Path) -> None:
+    manifest = make_manifest(named(3))
+    facts = {"num_registers": 0, "summary": "pool"}
+    folder = prepare(tmp_path, make_spec_of(architecture=facts), manifest, [CLS, PATCHES])
+    write_missing(folder, 1, block_rows=16)
+    with pytest.raises(ConfigError, match=r"mean_all is the mean over CLS, .* no CLS token: its cls is what it pools"):
         FeatureSet(folder, manifest).load("mean_all")
 
 

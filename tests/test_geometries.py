@@ -16,12 +16,12 @@ from featstore.images.resize import GEOMETRIES, nearest, resize
 @pytest.mark.parametrize("shape", [(300, 400), (400, 301, 3), (224, 224), (1000, 999), (97, 613), (31, 40)])
 @pytest.mark.parametrize("size", [(224, 224), (98, 98), (99, 99)])
 def test_short_equals_resize_and_centre_crop_with_pillow(shape: tuple[int, ...], size: tuple[int, int]) -> None:
-    """The rule of torchvision's Resize(side) and CenterCrop(side), written out with Pillow."""
+    """torchvision's Resize(side), then the centre with odd margins smaller at the top left, written out with Pillow."""
     image = photo(shape[0], shape[1], 3 if len(shape) == 3 else 0)
     side, (rows, columns) = size[0], shape[:2]
     full = (side, int(side * columns / rows)) if rows <= columns else (int(side * rows / columns), side)
     resized = pillow_resize(image, *full)
-    top, left = (round((length - side) / 2.0) for length in full)
+    top, left = ((length - side) // 2 for length in full)
     expected = resized[:, top : top + side, left : left + side].astype(int)
     difference = np.abs(preprocess(image, make_spec("short", *size)).astype(int) - expected)
     assert difference.max() <= 2

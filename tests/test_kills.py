@@ -35,7 +35,12 @@ COMMAND = [
 def start(store: Path) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, "FEATSTORE_HOME": str(store), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "featstore", *COMMAND], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-m", "featstore", *COMMAND],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # A shell starts what runs in its background with interrupts ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -131,7 +136,7 @@ def test_killed_runs_lose_nothing(tmp_path: Path, kills: int, count: int, capsys
 
 def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    register_pictures(store, tmp_path / "data", 1200)  # some seconds of work, also where the machine is busy
+    register_pictures(store, tmp_path / "data", 2400)  # some seconds of work, also where the machine is busy
     process = start(store)
     while num_committed(store) < 2 and process.poll() is None:
         time.sleep(0.002)

@@ -406,7 +406,7 @@ class TestProcesses:
         assert "free space is not checked: a bucket does not state it" in first
         assert "5 computed" in first
         assert Store(root).summaries()[0]["ok"] == 5
-        assert np.isfinite(featstore.open(str(root)).set("pics/tiny").load().astype(float)).all()
+        assert np.isfinite(featstore.open(str(root)).set("pics/tiny-random").load().astype(float)).all()
 
 
 class TestStore:

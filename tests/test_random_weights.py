@@ -156,3 +156,8 @@ def test_rotary_frequencies_are_computed(label: str, dtype: str, folders: dict[s
         assert network.rope_embeddings.inv_freq.dtype == torch.float32
         assert network.rope_embeddings.inv_freq.tolist() == pytest.approx(expected, rel=1e-6)
         assert not any(tensor.is_meta for tensor in (*network.buffers(), *network.parameters()))
+
+
+def test_no_numbers_are_drawn_for_empty_tensors() -> None:
+    values = draw(HubKey("registers"), (1, 0, 8), seed=0, device=torch.device("cpu"), dtype=torch.float32)
+    assert values.shape == (1, 0, 8)

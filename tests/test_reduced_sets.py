@@ -12,7 +12,8 @@ from pictures import CONFIG, register_pictures, tree_bytes, write_pictures, writ
 from reduced import RUN, config, opened, run
 
 from featstore.errors import ConfigError, StoreError
-from featstore.extraction import pipeline, reduce
+from featstore.extraction import creation, pipeline, reduce
+from featstore.extraction.creation import load_backbone
 from featstore.extraction.pipeline import extract
 from featstore.extraction.plan import make_plan
 from featstore.extraction.reduce import Reducer
@@ -158,13 +159,13 @@ def test_parity_is_looked_at_in_tokens(pictures: Path, store_path: Path, monkeyp
     real = to_pixels
     for steps in ("int8", "pca:8", "pool2"):
         broken_off(steps)
-        monkeypatch.setattr(pipeline, "to_pixels", lambda *args, **options: real(*args, **options) * 1.2)
+        monkeypatch.setattr(creation, "to_pixels", lambda *args, **options: real(*args, **options) * 1.2)
         with pytest.raises(ConfigError, match=r"recomputing committed rows of patches gives a relative difference of"):
             run(store_path, config(steps, tokens="patches", name=steps.replace(":", "")))
         # Rounding of another kernel passes: a thousandth of a percent moves some numbers by a step of int8.
-        monkeypatch.setattr(pipeline, "to_pixels", lambda *args, **options: real(*args, **options) * (1 + 1e-5))
+        monkeypatch.setattr(creation, "to_pixels", lambda *args, **options: real(*args, **options) * (1 + 1e-5))
         assert run(store_path, config(steps, tokens="patches", name=steps.replace(":", ""))).computed == 24
-        monkeypatch.setattr(pipeline, "to_pixels", real)
+        monkeypatch.setattr(creation, "to_pixels", real)
 
 
 def test_the_limit_of_int8_covers_what_a_small_difference_does() -> None:
@@ -199,7 +200,7 @@ def test_blocks_that_several_groups_lack_take_one_forward_pass(
     write_table(pictures, names)
     register(store_path, "pics", pictures, CONFIG)
     plan = make_plan(Store(store_path), "pics", both, RUN)
-    network = pipeline.load_backbone(plan, RUN, "cpu")
+    network = load_backbone(plan, RUN, "cpu")
 
     class Counting:
         architecture, device, dtype = network.architecture, network.device, network.dtype

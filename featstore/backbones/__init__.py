@@ -6,8 +6,10 @@ line of `BACKBONES` and its facts in a file of this folder; a network that is no
 """
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 from featstore.backbones.architecture import Architecture
 from featstore.backbones.family import Release
@@ -15,10 +17,10 @@ from featstore.backbones.hub import fetch
 from featstore.backbones.source import (
     BackboneSource,
     check_same,
-    find_family,
     from_files,
     from_seed,
     read_architecture,
+    with_norm,
 )
 from featstore.backbones.tiny import FOLDER as TINY_FOLDER
 from featstore.backbones.weights import find_files, read_config, read_processor
@@ -41,6 +43,31 @@ BACKBONES: dict[str, str] = {
     "dinov3-large": "featstore.backbones.dinov3:LARGE",
     "dinov3-huge-plus": "featstore.backbones.dinov3:HUGE_PLUS",
     "dinov3-7b": "featstore.backbones.dinov3:VIT_7B",
+    "dinov3-large-sat": "featstore.backbones.dinov3:LARGE_SAT",
+    "dinov3-7b-sat": "featstore.backbones.dinov3:VIT_7B_SAT",
+    "dinov3-convnext-tiny": "featstore.backbones.dinov3_convnext:TINY",
+    "dinov3-convnext-small": "featstore.backbones.dinov3_convnext:SMALL",
+    "dinov3-convnext-base": "featstore.backbones.dinov3_convnext:BASE",
+    "dinov3-convnext-large": "featstore.backbones.dinov3_convnext:LARGE",
+    "vit-base": "featstore.backbones.vit:BASE",
+    "vit-large": "featstore.backbones.vit:LARGE",
+    "vit-large-in21k": "featstore.backbones.vit:LARGE_IN21K",
+    "convnext-base": "featstore.backbones.convnext:BASE",
+    "resnet50": "featstore.backbones.resnet:RESNET50",
+    "resnet152": "featstore.backbones.resnet:RESNET152",
+    "vgg19": "featstore.backbones.vgg:VGG19",
+    "densenet201": "featstore.backbones.densenet:DENSENET201",
+    "mobilenetv2": "featstore.backbones.mobilenet:MOBILENETV2",
+    "mae-base": "featstore.backbones.mae:BASE",
+    "mae-large": "featstore.backbones.mae:LARGE",
+    "msn-large": "featstore.backbones.msn:LARGE",
+    "clip-large": "featstore.backbones.clip:LARGE",
+    "openclip-huge": "featstore.backbones.clip:HUGE",
+    "sam-large": "featstore.backbones.sam:LARGE",
+    "rad-dino": "featstore.backbones.dinov2:RAD_DINO",
+    "biomedclip": "featstore.backbones.pathology:BIOMEDCLIP",
+    "uni": "featstore.backbones.pathology:UNI",
+    "conch": "featstore.backbones.pathology:CONCH",
     "tiny": "featstore.backbones.tiny:ARCHITECTURE",
     "tiny-random": "featstore.backbones.tiny:ARCHITECTURE",
 }
@@ -58,13 +85,19 @@ def canonical_name(model: str) -> str:
     for name, place in BACKBONES.items():
         release = resolve_name(place)
         if isinstance(release, Release):
-            aliases |= {release.hub_id: name, release.meta_name: name}
+            aliases |= dict.fromkeys(filter(None, (release.hub_id, release.meta_name, *release.aliases)), name)
     if model in aliases:
         return aliases[model]
-    near = difflib.get_close_matches(model, [*BACKBONES, *aliases], n=3)
+    near = [name for name in BACKBONES if name.startswith(model) and model][:4]
+    near = near or difflib.get_close_matches(model, [*BACKBONES, *aliases], n=3)
     raise UnknownNameError(
-        f"unknown backbone {model!r}; {'did you mean ' + ' or '.join(near) + '? ' if near else ''}"
-        f"known: {', '.join(BACKBONES)}; or give hf:DIR_OR_ID or module:function"
+        f"unknown backbone {model!r}; "
+        + (
+            f"did you mean {' or '.join(near)}? `featstore models` lists all"
+            if near
+            else f"known: {', '.join(BACKBONES)}"
+        )
+        + "; or give hf:DIR_OR_ID, timm:NAME or module:function"
     )
 
 
@@ -75,15 +108,19 @@ def describe(
     random_weights: int | None = None,
     revision: str | None = None,
     digest_cache: Path | None = None,
+    pos_interp: str | None = None,
+    norm: str | None = None,
 ) -> BackboneSource:
     """Everything about a backbone but the network itself.
 
     Args:
         model: a name of `BACKBONES`, a hub id or Meta's name of one, `hf:DIR_OR_ID`, or `module:function`.
-        weights: folder in the hub's format or one `.safetensors` file, instead of the hub.
+        weights: folder as the hub has it, or one `.safetensors` file or Meta's `.pth`, instead of the hub.
         random_weights: seed of random weights, instead of any files.
         revision: branch, tag or commit on the hub.
         digest_cache: JSON file that remembers digests of large files.
+        pos_interp: how positions are resized, `hf` or `meta`; default: as the checkpoint's own code does it.
+        norm: tokens after the `final` norm or before it (`none`); default: as published for the model.
 
     Raises:
         UnknownNameError: no such model, or a folder with a network of another type.
@@ -98,21 +135,59 @@ def describe(
     if model.startswith("hf:"):
         if weights is not None:
             raise ConfigError(f"{model!r} names its weights already; leave --weights out or give the model's name")
-        return _describe_hf(model.removeprefix("hf:"), random_weights, revision, digest_cache)
+        return _describe_hf(
+            model,
+            random_weights=random_weights,
+            revision=revision,
+            digest_cache=digest_cache,
+            pos_interp=pos_interp,
+            norm=norm,
+        )
+    if model.startswith("timm:"):
+        from featstore.backbones.timm_models import from_timm
+
+        return from_timm(
+            model,
+            weights=weights,
+            random_weights=random_weights,
+            revision=revision,
+            digest_cache=digest_cache,
+            pos_interp=pos_interp,
+            norm=norm,
+        )
     if ":" in model:
         if weights is not None or random_weights is not None or revision is not None:
             raise ConfigError(f"{model!r} brings its own weights; leave weights, random weights and revision out")
+        if pos_interp is not None or norm is not None:
+            raise ConfigError(f"{model!r} is its own network: --pos-interp and --norm are not for it")
         from featstore.backbones.custom import from_function
 
         return from_function(model)
-    return _describe_known(canonical_name(model), weights, random_weights, revision, digest_cache)
+    name = canonical_name(model)
+    source = _describe_known(
+        name,
+        weights=weights,
+        random_weights=random_weights,
+        revision=revision,
+        digest_cache=digest_cache,
+        pos_interp=pos_interp,
+        norm=norm,
+    )
+    return replace(source, listed=name)
 
 
 def _describe_known(
-    name: str, weights: Path | None, random_weights: int | None, revision: str | None, digest_cache: Path | None
+    name: str,
+    *,
+    weights: Path | None,
+    random_weights: int | None,
+    revision: str | None,
+    digest_cache: Path | None,
+    pos_interp: str | None,
+    norm: str | None,
 ) -> BackboneSource:
     entry = resolve_name(BACKBONES[name])
-    architecture: Architecture = entry.architecture if isinstance(entry, Release) else entry
+    architecture: Architecture = with_norm(entry.architecture if isinstance(entry, Release) else entry, norm)
     if revision is not None and not isinstance(entry, Release):
         raise ConfigError(f"{name} comes with the package and has no revisions; leave --revision out")
     if name == "tiny-random":
@@ -120,26 +195,41 @@ def _describe_known(
             raise ConfigError("tiny-random has the random weights of seed 0; for others give the model tiny")
         random_weights = 0
     if random_weights is not None:
-        return from_seed(name, architecture, random_weights)
+        return from_seed(name, architecture, random_weights, pos_interp=pos_interp)
     facts: dict[str, str]
+    files = entry.files if isinstance(entry, Release) else ()
     if weights is not None:
-        found = find_files(weights.expanduser())
+        found = find_files(weights.expanduser(), files)
         facts, origin = {"kind": "local"}, f"files in {weights}"
     elif isinstance(entry, Release):
-        folder = fetch(entry.hub_id, revision, gated=entry.gated)
-        found = find_files(folder)
+        folder = fetch(entry.hub_id, revision, model=name, gated=entry.gated, files=files)
+        found = find_files(folder, files)
         facts, origin = _hub_facts(entry.hub_id, folder)
     else:
         found = find_files(TINY_FOLDER)
         facts, origin = {"kind": "embedded"}, "embedded in the package, for demonstration only"
-    if found.config is not None:
+    # A folder of timm's or open_clip's has a config.json of another kind, which says nothing that is asked here.
+    if found.config is not None and not _is_foreign(found.config, files):
         check_same(name, architecture, found.config)
-    return from_files(name, architecture, found, weights=facts, origin=origin, digest_cache=digest_cache)
+    return from_files(
+        name, architecture, found, weights=facts, origin=origin, digest_cache=digest_cache, pos_interp=pos_interp
+    )
+
+
+def _is_foreign(config: dict[str, Any], files: tuple[str, ...]) -> bool:
+    return "model_type" not in config and (bool(files) or not {"architecture", "model_cfg"}.isdisjoint(config))
 
 
 def _describe_hf(
-    place: str, random_weights: int | None, revision: str | None, digest_cache: Path | None
+    model: str,
+    *,
+    random_weights: int | None,
+    revision: str | None,
+    digest_cache: Path | None,
+    pos_interp: str | None,
+    norm: str | None,
 ) -> BackboneSource:
+    place = model.removeprefix("hf:")
     folder = Path(place).expanduser()
     if folder.is_file():
         raise ConfigError(
@@ -156,13 +246,16 @@ def _describe_hf(
         name = place.rpartition("/")[2]
         facts, origin = _hub_facts(place, folder)
     config = read_config(folder)
-    find_family(config.get("model_type"))  # before anything is said about its files
+    read_architecture(config, None)  # before anything is said about its files
     if random_weights is not None:
         processor = read_processor(folder)
-        return from_seed(name, read_architecture(config, processor), random_weights, processor=processor)
+        architecture = with_norm(read_architecture(config, processor), norm)
+        return from_seed(name, architecture, random_weights, processor=processor, pos_interp=pos_interp)
     found = find_files(folder)
-    architecture = read_architecture(config, found.processor)
-    return from_files(name, architecture, found, weights=facts, origin=origin, digest_cache=digest_cache)
+    architecture = with_norm(read_architecture(config, found.processor), norm)
+    return from_files(
+        name, architecture, found, weights=facts, origin=origin, digest_cache=digest_cache, pos_interp=pos_interp
+    )
 
 
 def _hub_facts(repo: str, folder: Path) -> tuple[dict[str, str], str]:

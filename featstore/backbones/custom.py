@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from featstore.backbones.source import BackboneSource
+from featstore.backbones.source import BackboneSource, LoadOptions
 from featstore.backbones.tokens import Backbone
 from featstore.errors import ConfigError, UnknownNameError, WeightsError
 
-FIRST_LOAD = {"device": "cpu", "compute_dtype": "float32", "attention": "sdpa"}
+FIRST_LOAD = LoadOptions(device="cpu", compute_dtype="float32")
 
 
 def from_function(name: str) -> BackboneSource:
@@ -37,9 +37,9 @@ def from_function(name: str) -> BackboneSource:
     if not callable(function):
         raise ConfigError(f"{name!r} names {type(function).__name__}, not a function that returns a backbone")
     loader = _FunctionLoader(name, function)
-    backbone = loader(**FIRST_LOAD)
+    backbone = loader(FIRST_LOAD)
     return BackboneSource(
-        name=name.rpartition(":")[2],
+        model=name,
         architecture=backbone.architecture,
         weights={"kind": "function", "function": name, "digest": _identify(name, backbone)},
         origin=f"function {name}",
@@ -52,8 +52,14 @@ class _FunctionLoader:
     name: str
     function: Callable[..., Any]
 
-    def __call__(self, **options: str) -> Backbone:
-        backbone = self.function(**options)
+    def __call__(self, options: LoadOptions) -> Backbone:
+        if options.memory not in ("auto", "resident") or options.weight_dtype != "same" or options.compile != "off":
+            raise ConfigError(
+                f"{self.name!r} loads its own network: --memory, --weight-dtype and --compile are not for it"
+            )
+        backbone = self.function(
+            device=options.device, compute_dtype=options.compute_dtype, attention=options.attention
+        )
         if not isinstance(backbone, Backbone):
             raise ConfigError(
                 f"{self.name!r} returned {type(backbone).__name__}; it must return a backbone: "

@@ -4,10 +4,11 @@ Source: Oquab et al. 2023 (DINOv2), Darcet et al. 2023 (registers); sizes as in 
 The two differ in more than registers: transformers resizes the position table with antialiasing only in the second.
 """
 
+from dataclasses import replace
 from typing import Any
 
-from featstore.backbones.architecture import Architecture
-from featstore.backbones.family import ConfigFields, Family, HubKey, Release
+from featstore.backbones.architecture import Architecture, VisionTransformer
+from featstore.backbones.family import ConfigFields, Dialect, Family, HubKey, Release
 from featstore.errors import WeightsError
 
 # The defaults of transformers' own configuration classes, for fields that a config.json leaves out.
@@ -37,6 +38,26 @@ RENAMED = (
 # The files keep the two input matrices of SwiGLU in one tensor, the gate first.
 HALVES = ((".mlp.gate_proj.", 0), (".mlp.up_proj.", 1))
 
+# The hub's names against those of Meta's own checkpoints, which keep query, key and value in one tensor.
+META_NAMES = (
+    ("embeddings.position_embeddings", "pos_embed"),
+    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+    ("embeddings.", ""),
+    ("encoder.layer.", "blocks."),
+    (".attention.output.dense.", ".attn.proj."),
+    (".layer_scale1.lambda1", ".ls1.gamma"),
+    (".layer_scale2.lambda1", ".ls2.gamma"),
+    (".mlp.weights_in.", ".mlp.w12."),
+    (".mlp.weights_out.", ".mlp.w3."),
+    ("layernorm.", "norm."),
+)
+META_THIRDS = (
+    (".attention.attention.query.", 0),
+    (".attention.attention.key.", 1),
+    (".attention.attention.value.", 2),
+)
+TIMM_NAMES = (("register_tokens", "reg_token"), (".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
+
 
 def swiglu_dim(embed_dim: int, ratio: int) -> int:
     """Hidden width of DINOv2's SwiGLU: two thirds of the plain width, rounded up to a multiple of 8."""
@@ -53,12 +74,55 @@ def hub_key(live: str) -> HubKey:
     return HubKey(live)
 
 
-def _read(config: dict[str, Any], family: str, defaults: dict[str, Any]) -> Architecture:
+def meta_key(live: str) -> HubKey:
+    """Name in Meta's own checkpoints of a live parameter."""
+    name, part, parts = hub_key(live)
+    for projection, third in META_THIRDS:
+        if projection in name:
+            name, part, parts = name.replace(projection, ".attn.qkv."), third, 3
+    for hub, meta in META_NAMES:
+        name = name.replace(hub, meta)
+    return HubKey(name, part, parts)
+
+
+def timm_key(live: str) -> HubKey:
+    """Name in timm's copies of the releases of a live parameter."""
+    key = meta_key(live)
+    for meta, timm in TIMM_NAMES:
+        key = key._replace(name=key.name.replace(meta, timm))
+    return key
+
+
+def timm_register_key(live: str) -> HubKey:
+    """As `timm_key`; the position table has another shape there and is left to `fill_timm_positions`."""
+    key = timm_key(live)
+    return HubKey("pos_embed with CLS") if key.name == "pos_embed" else key
+
+
+def fill_timm_positions(network: Any, tensors: Any) -> None:
+    """The table of patches out of a file of timm's, which has added the position of CLS to CLS."""
+    import torch
+
+    table = network.embeddings.position_embeddings
+    patches = tensors.read(HubKey("pos_embed"), (1, table.shape[1] - 1, table.shape[2]), table.dtype)
+    with torch.no_grad():
+        table[:, 1:] = patches.to(table.device)
+
+
+def resize_positions(network: Any, way: str) -> None:
+    """Let a network of transformers resize its position table as Meta's code does."""
+    from featstore.backbones.meta_positions import positions_method
+
+    assert way == "meta"
+    network.embeddings.interpolate_pos_encoding = positions_method(network.embeddings)
+
+
+def _read(config: dict[str, Any], family: str, defaults: dict[str, Any]) -> VisionTransformer:
     fields = ConfigFields(config, defaults)
     fields.require("num_channels", 3)
     fields.require("hidden_act", "gelu")  # SwiGLU ignores it, and its releases say gelu too
     embed_dim, ratio, swiglu = fields.integer("hidden_size"), fields.integer("mlp_ratio"), fields.flag("use_swiglu_ffn")
-    return Architecture(
+    return VisionTransformer(
         family=family,
         embed_dim=embed_dim,
         depth=fields.integer("num_hidden_layers"),
@@ -74,6 +138,7 @@ def _read(config: dict[str, Any], family: str, defaults: dict[str, Any]) -> Arch
 
 
 def _write(architecture: Architecture) -> dict[str, Any]:
+    assert isinstance(architecture, VisionTransformer)
     dim, swiglu = architecture.embed_dim, architecture.mlp == "swiglu"
     widths = {swiglu_dim(dim, ratio) if swiglu else dim * ratio: ratio for ratio in range(16, 0, -1)}
     if architecture.mlp_dim not in widths:
@@ -99,6 +164,24 @@ def _write(architecture: Architecture) -> dict[str, Any]:
     return config
 
 
+# Whole classifiers put the family's name before the network.
+HUB, REGISTER_HUB = (
+    Dialect(name="hub", key=hub_key, prefixes=("", prefix), outside=(r"classifier\.",))
+    for prefix in ("dinov2.", "dinov2_with_registers.")
+)
+# Checkpoints of training hold the backbone beside its heads.
+META_HEADS = (r"dino_head\.", r"ibot_head\.", r"linear_head\.")
+META = Dialect(name="meta", key=meta_key, prefixes=("", "backbone."), outside=META_HEADS, meta=True)
+# timm's own code resizes positions with antialiasing whatever the release; here they are resized as the hub's are.
+TIMM = Dialect(name="timm", key=timm_key)
+TIMM_REGISTERS = Dialect(
+    name="timm",
+    key=timm_register_key,
+    optional=(*META.optional, r"embeddings\.position_embeddings$"),
+    ignored=(*META.ignored, "pos_embed$"),
+    after=fill_timm_positions,
+)
+
 FAMILY = Family(
     model_type="dinov2",
     model_class="Dinov2Model",
@@ -107,7 +190,9 @@ FAMILY = Family(
     norm="layernorm",
     read=lambda config: _read(config, "dinov2", DEFAULTS),
     write=_write,
-    hub_key=hub_key,
+    dialects=(HUB, META, TIMM),
+    interpolations=("hf", "meta"),
+    resize_positions=resize_positions,
 )
 REGISTER_FAMILY = Family(
     model_type="dinov2_with_registers",
@@ -117,13 +202,13 @@ REGISTER_FAMILY = Family(
     norm="layernorm",
     read=lambda config: _read(config, "dinov2_with_registers", REGISTER_DEFAULTS),
     write=_write,
-    hub_key=hub_key,
+    dialects=(REGISTER_HUB, META, TIMM_REGISTERS),
 )
 
 
 def _release(size: str, embed_dim: int, depth: int, num_heads: int, registers: int) -> Release:
     swiglu = size == "giant"
-    architecture = Architecture(
+    architecture = VisionTransformer(
         family="dinov2_with_registers" if registers else "dinov2",
         embed_dim=embed_dim,
         depth=depth,
@@ -138,6 +223,8 @@ def _release(size: str, embed_dim: int, depth: int, num_heads: int, registers: i
         architecture=architecture,
         hub_id=f"facebook/dinov2-with-registers-{size}" if registers else f"facebook/dinov2-{size}",
         meta_name=f"dinov2_vit{size[0]}14{'_reg' if registers else ''}",
+        licence="Apache-2.0",
+        pretraining=("LVD-142M",),
     )
 
 
@@ -149,3 +236,13 @@ SMALL_REG = _release("small", 384, 12, 6, 4)
 BASE_REG = _release("base", 768, 12, 12, 4)
 LARGE_REG = _release("large", 1024, 24, 16, 4)
 GIANT_REG = _release("giant", 1536, 40, 24, 4)
+# DINOv2-B trained on with chest X-rays, at its native size and in their own mean and std.
+RAD_DINO = replace(
+    BASE,
+    architecture=replace(BASE.architecture, mean=(0.5307,) * 3, std=(0.2583,) * 3),
+    hub_id="microsoft/rad-dino",
+    meta_name="",
+    licence="MIT (MSRLA in older copies); for research, not for clinical practice",
+    # LVD-142M through the weights that training began with.
+    pretraining=("LVD-142M", "BRAX", "CheXpert", "MIMIC-CXR", "NIH ChestX-ray14", "PadChest"),
+)

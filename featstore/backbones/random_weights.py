@@ -12,50 +12,63 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from featstore.backbones.family import Family, HubKey
+from featstore.backbones.family import HubKey
 
 PER_DRAW = 4  # 16-bit numbers in one 64-bit draw
 CHUNK = 1 << 17  # numbers at a time: the buffers stay in the processor's cache
 TOKEN_STD = 0.02  # of CLS, registers and positions, as the networks are initialised for training
-SMALL = ("cls_token", "register_tokens", "position_embeddings")
-
-
-def fill_random(network: nn.Module, family: Family, *, seed: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace every parameter of a network built on the meta device by random numbers of `dtype` on `device`.
-
-    One parameter at a time, so memory is the finished network and one small buffer.
-    """
-    for live, parameter in list(network.named_parameters()):
-        owner, _, attribute = live.rpartition(".")
-        values = draw(family.hub_key(live), tuple(parameter.shape), seed=seed, device=device, dtype=dtype)
-        setattr(network.get_submodule(owner), attribute, nn.Parameter(values, requires_grad=False))
+SMALL = (
+    "cls_token",
+    "register_tokens",
+    "position_embeddings",
+    "class_embedding",
+    "position_embedding.weight",
+    "pos_embed",
+    "rel_pos_h",
+    "rel_pos_w",
+)
 
 
 def draw(
-    key: HubKey, shape: tuple[int, ...], *, seed: int, device: torch.device, dtype: torch.dtype
+    key: HubKey,
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    gain: float = 1.0,
 ) -> Float[Tensor, "..."]:
     """One parameter: the piece of the hub's tensor `key` that has `shape`.
 
-    Matrices and the patch projection have standard deviation 1/sqrt(inputs), so that signals keep their size and tokens
-    differ between images; norms and layer scales are 1, biases and the mask token 0.
+    Matrices and convolutions have standard deviation `gain`/sqrt(inputs), so that signals keep their size and tokens
+    differ between images; norms, layer scales and running variances are 1; biases, running means and the mask token 0.
     """
-    name = key.name
-    if name.endswith(("mask_token", "bias")):
-        return torch.zeros(shape, device=device, dtype=dtype)
+    values = torch.empty(shape, device=device, dtype=dtype)
+    draw_into(key, values, seed=seed, gain=gain)
+    return values
+
+
+def draw_into(key: HubKey, values: Float[Tensor, "..."], *, seed: int, gain: float = 1.0) -> None:
+    """As `draw`, into a contiguous tensor that is there."""
+    name, shape = key.name, values.shape
+    if not values.numel():  # no registers
+        return
+    if name.endswith(("mask_token", "bias", "running_mean")):
+        values.zero_()
+        return
     if name.endswith(SMALL):
         std = TOKEN_STD
     elif len(shape) == 1:
-        return torch.ones(shape, device=device, dtype=dtype)
+        values.fill_(1)
+        return
     else:
-        std = 1 / math.sqrt(math.prod(shape[1:]))
-    values = torch.empty(shape, device=device, dtype=dtype)
+        std = gain / math.sqrt(math.prod(shape[1:]))
     flat, start = values.view(-1), 0
     for chunk in uniform_chunks(name, seed, count=flat.numel(), skip=key.part * flat.numel(), std=std):
         flat[start : start + len(chunk)].copy_(torch.from_numpy(chunk))
         start += len(chunk)
-    return values
 
 
 def uniform_chunks(name: str, seed: int, *, count: int, skip: int = 0, std: float) -> Iterator[Float[np.ndarray, " N"]]:

@@ -4,48 +4,111 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from featstore.backbones.architecture import Architecture
+from featstore.backbones.architecture import Architecture, VisionTransformer
+from featstore.backbones.digests import digest_files
 from featstore.backbones.family import Family
-from featstore.backbones.weights import WeightFiles, digest_files
+from featstore.backbones.weights import WeightFiles
 from featstore.errors import ConfigError, UnknownNameError, WeightsError
 from featstore.files import digest
 
 if TYPE_CHECKING:
     import featstore.backbones.tokens
 
-ATTENTION = ("sdpa", "eager")
+ATTENTION = ("sdpa", "eager", "xformers", "flash")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+MEMORY = ("auto", "resident", "stream", "shard")
+WEIGHT_DTYPES = ("same", "int8", "fp8")
+COMPILE = ("off", "on", "graphs")
+INTERPOLATIONS = ("hf", "meta")
+NORMS = ("final", "none")
+RANDOM_ENDING = "-random"  # of the sets of random weights
+RESCALE_TOLERANCE = 1e-6  # relative; 1/255 has been written with fewer digits
 RANDOM_SCHEME = 1  # raise it whenever random_weights.py would give other numbers
 
 FAMILIES = {
     "dinov2": "featstore.backbones.dinov2:FAMILY",
     "dinov2_with_registers": "featstore.backbones.dinov2:REGISTER_FAMILY",
     "dinov3_vit": "featstore.backbones.dinov3:FAMILY",
+    "dinov3_convnext": "featstore.backbones.dinov3_convnext:FAMILY",
+    "vit": "featstore.backbones.vit:FAMILY",
+    "vit_mae": "featstore.backbones.mae:FAMILY",
+    "vit_msn": "featstore.backbones.msn:FAMILY",
+    "clip_vision_model": "featstore.backbones.clip:FAMILY",
+    "sam_vision_model": "featstore.backbones.sam:FAMILY",
+    "convnext": "featstore.backbones.convnext:FAMILY",
+    "biomedclip": "featstore.backbones.pathology:BIOMEDCLIP_FAMILY",
+    "uni": "featstore.backbones.pathology:UNI_FAMILY",
+    "conch": "featstore.backbones.pathology:CONCH_FAMILY",
+    "resnet": "featstore.backbones.resnet:FAMILY",
+    "vgg": "featstore.backbones.vgg:FAMILY",
+    "densenet": "featstore.backbones.densenet:FAMILY",
+    "mobilenet_v2": "featstore.backbones.mobilenet:FAMILY",
+    "timm": "featstore.backbones.timm_models:FAMILY",
 }
+# Model types of whole models whose image tower is a family of its own.
+TOWERS = {"clip": "clip_vision_model", "sam": "sam_vision_model"}
 
 # Where they differ the network or the weights' shapes differ; mean and std come from preprocessor_config.json.
-NOT_IN_CONFIG = ("mean", "std")
+NOT_IN_CONFIG = ("mean", "std", "counts", "final_norm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadOptions:
+    """How a network is loaded; nothing here but the compute dtype and the weight dtype is part of identity.
+
+    `memory`: whole on the device, a block at a time (`stream`), or cut over the processes of a group (`shard`); `auto`
+    streams what does not fit. `weight_dtype`: the type in which the matrices are kept, `same` as they compute.
+    `compile`: blocks through torch.compile, `graphs` with CUDA graphs.
+    """
+
+    device: str
+    compute_dtype: str
+    attention: str = "sdpa"
+    memory: str = "auto"
+    weight_dtype: str = "same"
+    compile: str = "off"
+
+    def __post_init__(self) -> None:
+        for field_name, allowed in (
+            ("compute_dtype", COMPUTE_DTYPES),
+            ("attention", ATTENTION),
+            ("memory", MEMORY),
+            ("weight_dtype", WEIGHT_DTYPES),
+            ("compile", COMPILE),
+        ):
+            value = getattr(self, field_name)
+            if value not in allowed:
+                raise ConfigError(f"{field_name.replace('_', ' ')} must be one of {', '.join(allowed)}; got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSource:
     """Everything about a backbone that needs neither torch nor transformers.
 
-    `name` stands in set names; `weights` says what the weights are, as JSON: `kind` (hub, local, random, embedded,
-    function), `digest` and facts that do not depend on the machine; `origin` says it for people, with paths.
-    `processor` is the checkpoint's own `preprocessor_config.json`.
+    `model` is the network's own name; `name` stands in set names, where random weights say so; `weights` says what the
+    weights are, as JSON: `kind` (hub, local, random, embedded, function), `digest` and facts that do not depend on the
+    machine; `origin` says it for people, with paths.
+    `processor` is the checkpoint's own `preprocessor_config.json`; `listed` the name in `BACKBONES` that was asked for,
+    None for a folder, a hub id or a function, whatever they are called.
     """
 
-    name: str
+    model: str
     architecture: Architecture
     weights: dict[str, Any]
     origin: str
     random: bool = False
-    pos_interp: Literal["hf"] = "hf"
+    pos_interp: str = "hf"
     processor: dict[str, Any] | None = None
-    loader: Callable[..., "featstore.backbones.tokens.Backbone"] = field(repr=False, compare=False)
+    listed: str | None = None
+    loader: Callable[[LoadOptions], "featstore.backbones.tokens.Backbone"] = field(repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """Of sets: the last part of a function's or a path's name; random weights never share one with real ones."""
+        plain = self.model.rpartition("/")[2].rpartition(":")[2]
+        return f"{plain}{RANDOM_ENDING}" if self.random and not plain.endswith(RANDOM_ENDING) else plain
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -57,20 +120,32 @@ class BackboneSource:
         }
 
     def load(
-        self, *, device: str, compute_dtype: str, attention: str = "sdpa"
+        self,
+        *,
+        device: str,
+        compute_dtype: str,
+        attention: str = "sdpa",
+        memory: str = "auto",
+        weight_dtype: str = "same",
+        compile: str = "off",
     ) -> "featstore.backbones.tokens.Backbone":
-        """The network on `device` (cpu, cuda, cuda:N), computing in float32, bfloat16 or float16.
+        """The network on `device` (cpu, cuda, cuda:N), computing in float32, bfloat16 or float16; see `LoadOptions`.
 
         Raises:
-            ConfigError: no such device name, compute dtype or attention.
+            ConfigError: no such device name or option, or one that the network cannot have.
             DeviceError: the device is absent, too small or without the compute dtype.
             WeightsError: the files do not fit the architecture.
         """
-        if compute_dtype not in COMPUTE_DTYPES:
-            raise ConfigError(f"compute dtype must be one of {', '.join(COMPUTE_DTYPES)}; got {compute_dtype!r}")
-        if attention not in ATTENTION:
-            raise ConfigError(f"attention must be one of {', '.join(ATTENTION)}; got {attention!r}")
-        return self.loader(device=device, compute_dtype=compute_dtype, attention=attention)
+        return self.loader(
+            LoadOptions(
+                device=device,
+                compute_dtype=compute_dtype,
+                attention=attention,
+                memory=memory,
+                weight_dtype=weight_dtype,
+                compile=compile,
+            )
+        )
 
 
 def find_family(model_type: Any) -> Family:
@@ -79,12 +154,14 @@ def find_family(model_type: Any) -> Family:
     Raises:
         UnknownNameError: a type that is not supported.
     """
-    if model_type not in FAMILIES:
+    name = TOWERS.get(model_type, model_type) if isinstance(model_type, str) else None
+    if name not in FAMILIES:
+        readable = [known for known, place in FAMILIES.items() if resolve_name(place).read is not None]
         raise UnknownNameError(
-            f"config.json says model_type = {model_type!r}; supported: {', '.join(FAMILIES)}, "
+            f"config.json says model_type = {model_type!r}; supported: {', '.join([*readable, *TOWERS])}, "
             "and any other network as module:function"
         )
-    family: Family = resolve_name(FAMILIES[model_type])
+    family: Family = resolve_name(FAMILIES[name])
     return family
 
 
@@ -95,20 +172,61 @@ def read_architecture(config: dict[str, Any], processor: dict[str, Any] | None) 
         UnknownNameError: a network of another type.
         WeightsError: fields that are malformed or not supported.
     """
-    return with_processor(find_family(config.get("model_type")).read(config), processor)
+    family = find_family(config.get("model_type"))
+    if family.read is None:
+        raise UnknownNameError(
+            f"config.json says model_type = {config.get('model_type')!r}, whose folders are not read; "
+            "give the model's name"
+        )
+    return with_processor(family.read(config), processor)
 
 
 def with_processor(architecture: Architecture, processor: dict[str, Any] | None) -> Architecture:
-    """The architecture with `image_mean` and `image_std` of a `preprocessor_config.json`, where they stand in it."""
-    if processor is None or "image_mean" not in processor or "image_std" not in processor:
+    """The architecture with mean and std of a `preprocessor_config.json`, where they stand in it.
+
+    Ours are of values x / 255, and x * f of the file's `rescale_factor` f is normalised to the same numbers:
+    (x f - m) / s = (x / 255 - m / 255 f) / (s / 255 f).
+
+    Raises:
+        WeightsError: they are no numbers.
+    """
+    if processor is None:
         return architecture
-    for key in ("image_mean", "image_std"):
-        values = processor[key]
-        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
-            raise WeightsError(f"preprocessor_config.json says {key} = {values!r}; it must be three numbers")
-    red, green, blue = (float(value) for value in processor["image_mean"])
-    red_std, green_std, blue_std = (float(value) for value in processor["image_std"])
-    return replace(architecture, mean=(red, green, blue), std=(red_std, green_std, blue_std))
+    mean, std = architecture.mean, architecture.std
+    if not _does(processor, "do_normalize"):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    elif "image_mean" in processor and "image_std" in processor:
+        mean, std = _three(processor, "image_mean"), _three(processor, "image_std")
+    scale = _scale_of(processor)
+    if scale != 1:
+        mean = (mean[0] / scale, mean[1] / scale, mean[2] / scale)
+        std = (std[0] / scale, std[1] / scale, std[2] / scale)
+    return replace(architecture, mean=mean, std=std)
+
+
+def _does(processor: dict[str, Any], step: str) -> bool:
+    value = processor.get(step)
+    return True if value is None else bool(value)
+
+
+def _three(processor: dict[str, Any], key: str) -> tuple[float, float, float]:
+    values = processor[key]
+    if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
+        raise WeightsError(f"preprocessor_config.json says {key} = {values!r}; it must be three numbers")
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def _scale_of(processor: dict[str, Any]) -> float:
+    """What 255 becomes before it is normalised; 1 in nearly every file."""
+    if not _does(processor, "do_rescale"):
+        return 255.0
+    factor = processor.get("rescale_factor")
+    if factor is None:
+        return 1.0
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < float("inf"):
+        raise WeightsError(f"preprocessor_config.json says rescale_factor = {factor!r}; it must be a number above 0")
+    scale = 255.0 * factor
+    return 1.0 if abs(scale - 1) <= RESCALE_TOLERANCE else scale
 
 
 def check_same(name: str, expected: Architecture, config: dict[str, Any]) -> None:
@@ -118,12 +236,13 @@ def check_same(name: str, expected: Architecture, config: dict[str, Any]) -> Non
         WeightsError: they differ; the message says where.
     """
     found = read_architecture(config, None)
-    # With rotary positions the training size shapes no tensor and enters no computation.
-    skipped = (*NOT_IN_CONFIG, "native_size") if expected.rope_theta is not None else NOT_IN_CONFIG
+    # With rotary positions the training size shapes no tensor and enters no computation, nor does it in convolutions.
+    learned = isinstance(expected, VisionTransformer) and expected.rope_theta is None
+    skipped = NOT_IN_CONFIG if learned else (*NOT_IN_CONFIG, "native_size")
     differing = [
-        f"{item.name} {getattr(found, item.name)!r} instead of {getattr(expected, item.name)!r}"
-        for item in fields(Architecture)
-        if item.name not in skipped and getattr(found, item.name) != getattr(expected, item.name)
+        f"{item.name} {getattr(found, item.name, None)!r} instead of {getattr(expected, item.name)!r}"
+        for item in fields(expected)
+        if item.name not in skipped and getattr(found, item.name, None) != getattr(expected, item.name)
     ]
     if differing:
         raise WeightsError(
@@ -132,28 +251,74 @@ def check_same(name: str, expected: Architecture, config: dict[str, Any]) -> Non
         )
 
 
+def choose_interpolation(family: Family, asked: str | None, *, meta_files: bool) -> str:
+    """How positions are resized: as asked, else as the checkpoint's own code does it.
+
+    Raises:
+        ConfigError: no such way, or one that makes no difference for this family.
+    """
+    if asked is None:
+        return "meta" if meta_files and "meta" in family.interpolations else "hf"
+    if asked not in INTERPOLATIONS:
+        raise ConfigError(f"--pos-interp must be one of {', '.join(INTERPOLATIONS)}; got {asked!r}")
+    if asked not in family.interpolations:
+        raise ConfigError(
+            f"--pos-interp {asked}: {family.model_type} has no position table that Meta's code resizes otherwise than "
+            "transformers; leave it out"
+        )
+    return asked
+
+
+def with_norm(architecture: Architecture, norm: str | None) -> Architecture:
+    """The architecture with its tokens taken after the final norm or before it.
+
+    Raises:
+        ConfigError: no such choice, or a network without inner layers.
+    """
+    if norm is None:
+        return architecture
+    if norm not in NORMS:
+        raise ConfigError(f"--norm must be one of {', '.join(NORMS)}; got {norm!r}")
+    if not architecture.depth or not find_family(architecture.family).norm:
+        raise ConfigError(f"--norm {norm}: {architecture.family} has no final norm over tokens; leave it out")
+    if norm == "none" and architecture.patch_dim is not None:
+        raise ConfigError(
+            f"--norm none: {architecture.family} makes cls of its tokens after the final norm; leave --norm out"
+        )
+    return replace(architecture, final_norm=norm == "final")
+
+
 def from_files(
-    name: str,
+    model: str,
     architecture: Architecture,
     found: WeightFiles,
     *,
     weights: dict[str, Any],
     origin: str,
     digest_cache: Path | None,
+    pos_interp: str | None = None,
 ) -> BackboneSource:
     """A source whose weights are files; `weights` gains their digest."""
+    facts = with_processor(architecture, found.processor)
+    way = choose_interpolation(find_family(facts.family), pos_interp, meta_files=found.meta)
     return BackboneSource(
-        name=name,
-        architecture=with_processor(architecture, found.processor),
+        model=model,
+        architecture=facts,
         weights={**weights, "digest": digest_files(found.files, digest_cache)},
         origin=origin,
         processor=found.processor,
-        loader=_FileLoader(found.files, with_processor(architecture, found.processor)),
+        pos_interp=way,
+        loader=_FileLoader(found.files, facts, way),
     )
 
 
 def from_seed(
-    name: str, architecture: Architecture, seed: int, *, processor: dict[str, Any] | None = None
+    model: str,
+    architecture: Architecture,
+    seed: int,
+    *,
+    processor: dict[str, Any] | None = None,
+    pos_interp: str | None = None,
 ) -> BackboneSource:
     """A source of random weights.
 
@@ -162,15 +327,17 @@ def from_seed(
     """
     if seed < 0:
         raise ConfigError(f"the seed of random weights must be 0 or more; got {seed}")
+    way = choose_interpolation(find_family(architecture.family), pos_interp, meta_files=False)
     facts = {"kind": "random", "seed": seed, "scheme": RANDOM_SCHEME}
     return BackboneSource(
-        name=name,
+        model=model,
         architecture=architecture,
         weights={**facts, "digest": digest({**facts, "architecture": architecture.as_dict()})},
         origin=f"random weights, seed {seed}",
         random=True,
         processor=processor,
-        loader=_SeedLoader(seed, architecture),
+        pos_interp=way,
+        loader=_SeedLoader(seed, architecture, way),
     )
 
 
@@ -178,19 +345,27 @@ def from_seed(
 class _FileLoader:
     files: tuple[Path, ...]
     architecture: Architecture
+    pos_interp: str
 
-    def __call__(self, **options: str) -> "featstore.backbones.tokens.Backbone":
-        from featstore.backbones.network import load_files
+    def __call__(self, options: LoadOptions) -> "featstore.backbones.tokens.Backbone":
+        from featstore.backbones.digests import reading_lock
+        from featstore.backbones.network import load_network
+        from featstore.backbones.tensors import open_files
 
-        return load_files(self.files, self.architecture, find_family(self.architecture.family), **options)
+        family = find_family(self.architecture.family)
+        with reading_lock(self.files):  # the first process of a node fills the page cache for the others
+            return load_network(open_files(self.files), self.architecture, family, self.pos_interp, options)
 
 
 @dataclass(frozen=True)
 class _SeedLoader:
     seed: int
     architecture: Architecture
+    pos_interp: str
 
-    def __call__(self, **options: str) -> "featstore.backbones.tokens.Backbone":
-        from featstore.backbones.network import build_random
+    def __call__(self, options: LoadOptions) -> "featstore.backbones.tokens.Backbone":
+        from featstore.backbones.network import load_network
+        from featstore.backbones.tensors import RandomTensors
 
-        return build_random(self.seed, self.architecture, find_family(self.architecture.family), **options)
+        family = find_family(self.architecture.family)
+        return load_network(RandomTensors(self.seed, family), self.architecture, family, self.pos_interp, options)

@@ -5,11 +5,11 @@ What it was trained on, and the licences that follow, stand in `tiny_weights/REA
 
 from pathlib import Path
 
-from featstore.backbones.architecture import Architecture
+from featstore.backbones.architecture import VisionTransformer
 
 FOLDER = Path(__file__).parent / "tiny_weights"
 
-ARCHITECTURE = Architecture(
+ARCHITECTURE = VisionTransformer(
     family="dinov2_with_registers",
     embed_dim=192,
     depth=4,

@@ -19,7 +19,7 @@ class Tokens:
 
     cls: Float[Tensor, "B D"]
     registers: Float[Tensor, "B R D"]
-    patches: Float[Tensor, "B P D"]
+    patches: Float[Tensor, "B P E"]
     layers: dict[int, "Tokens"] = field(default_factory=dict)
 
 

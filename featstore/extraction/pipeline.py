@@ -1,13 +1,15 @@
 """The extraction loop: batches -> backbone -> tokens -> rows -> blocks, each committed when it is whole.
 
-Batches are cut at fixed positions inside a block, failed images keep their slot and the tail is padded, so the bytes
-written do not depend on what was done before, by whom, or how often it was interrupted.
+Three stages run at once: threads decode, this thread keeps the device busy, another one fetches rows from it and writes
+them. Batches are cut at fixed positions inside a block, failed images keep their slot and the tail is padded, so the
+bytes written do not depend on what was done before, by whom, or how often it was interrupted. (Out of memory a batch
+goes through the network in pieces, whose rounding may differ: see `batching`.)
 """
 
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from featstore import files, records
+from featstore.backbones.compiling import compilation_of
 from featstore.backbones.tokens import Backbone, Tokens
 from featstore.configs import RunConfig
 from featstore.errors import ConfigError, DeviceError, StoreError
+from featstore.extraction.batching import Pieces, advised
 from featstore.extraction.blocks import Blocks, progress_of, tally_of
+from featstore.extraction.creation import TORCH_DTYPES, batch_size, create_set, forward_images, load_backbone, streams
 from featstore.extraction.decoded_cache import Cache, CachedImages, fill_cache
+from featstore.extraction.device import Landing, Transfers, facts_of
 from featstore.extraction.loader import Batch, Images, Job, check_files, open_loader
+from featstore.extraction.overlap import overlapped
 from featstore.extraction.plan import Plan
 from featstore.extraction.prepare import is_prepared, prepare
-from featstore.extraction.reduce import Reducer, settle, summary_line
-from featstore.images import to_pixels
+from featstore.extraction.reduce import Reducer
 from featstore.objects import Place
 from featstore.store import commits, compact, ledger, reductions
 from featstore.store.diff import as_tokens, parity_limit, parity_of, row_differences
@@ -34,18 +40,18 @@ from featstore.store.layout import ArraySpec, read_spec
 from featstore.store.locks import writer_lock
 from featstore.store.reader import ShardedArray
 
+BEHIND = 2  # batches whose rows wait to be written: the device goes on while a block is committed
+FINITE = "finite:"  # before an array's name: which images have finite tokens, where its numbers cannot say so
+TRIES = 16  # rows of a block that are looked at for one whose file is still good
 COMPACT_BYTES = 16 * 2**20  # smaller arrays load at once however they are cut
-TORCH_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.int8,
-}
 
 
 @dataclass(slots=True)
 class Summary:
-    """What one run did to one set; `notes` are lines to print, such as the loss of reductions it created."""
+    """What one run did to one set, and how; `notes` are lines to print, such as the loss of reductions it created.
+
+    `micro_batch` images went through the network at once, `batch_size` unless memory was short.
+    """
 
     name: str
     computed: int = 0
@@ -53,7 +59,9 @@ class Summary:
     blocks: int = 0
     seconds: float = 0.0
     batch_size: int = 0
+    micro_batch: int = 0
     device: str = ""
+    how: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -73,12 +81,6 @@ def choose_device(asked: str) -> str:
     return asked
 
 
-def default_batch_size(num_tokens: int, device: str) -> int:
-    """Images per forward pass: a power of two with about 4k tokens on a CPU, 64k on a GPU."""
-    budget = 65536 if device.startswith("cuda") else 4096
-    return int(2 ** np.clip(np.floor(np.log2(max(1, budget / num_tokens))), 0, 8))
-
-
 def extract(
     plan: Plan,
     run: RunConfig,
@@ -90,8 +92,9 @@ def extract(
 ) -> Summary:
     """Compute and commit every missing block of a plan.
 
-    `advance(images, failed)` is called after each batch, `say(line)` before work that is not part of any batch.
-    `backbone` saves loading the same network twice, `cache` completing the same decoded cache twice.
+    `advance(images, failed)` is called after each batch, from the thread that writes; what it raises stops the run.
+    `say(line)` is called before work that is not part of any batch. `backbone` saves loading the same network twice,
+    `cache` completing the same decoded cache twice.
 
     Raises:
         FeatstoreError: files changed, too many failures, an overflow, or results that do not match what is committed.
@@ -124,13 +127,7 @@ def _extract(
         return summary
     check_files(plan.manifest, plan.todo)
     device = choose_device(run.device)
-    if reductions.steps_of(plan.spec):
-        # Parameters come from a forward pass and must be there before the set is.
-        backbone = backbone or load_backbone(plan, run, device)
-        summary.notes += _create_reduced(plan, run, device, backbone, say)
-        plan = replace(plan, spec=read_spec(plan.folder))
-    else:
-        prepare(plan)
+    plan, backbone, summary.notes = create_set(plan, run, device, backbone, say)
     if run.decoded_cache and cache is None:
         cache, lines = fill_cache(plan, run, say=say)
         summary.notes += lines
@@ -138,6 +135,8 @@ def _extract(
     summary.device, summary.batch_size = device, worker.batch_size
     worker.guard()
     worker.compute(summary, advance)
+    summary.micro_batch, summary.how = worker.pieces.size, facts_of(worker.backbone)
+    summary.notes += worker.notes()
     summary.seconds = time.monotonic() - started
     _write_run(plan, run, summary)
     commits.sweep_attempts(plan.folder, older_than=commits.STALE_SECONDS)
@@ -164,45 +163,6 @@ def _is_incomplete(folder: Place) -> bool:
     return any(blocks - commits.committed_blocks(folder, group) for group in book.groups)
 
 
-def load_backbone(plan: Plan, run: RunConfig, device: str) -> Backbone:
-    """The plan's network on a device, in the set's compute dtype."""
-    return plan.source.load(
-        device=device, compute_dtype=plan.spec["identity"]["compute_dtype"], attention=run.attention
-    )
-
-
-def _batch_size(plan: Plan, run: RunConfig, device: str) -> int:
-    tokens = plan.source.architecture.num_tokens(plan.preprocess.height, plan.preprocess.width)
-    rows_per_block = int(plan.spec["layout"]["block_rows"])
-    return min(run.batch_size or default_batch_size(tokens, device), rows_per_block)
-
-
-def _forward(plan: Plan, device: str, backbone: Backbone, pixels: Tensor, layers: tuple[int, ...]) -> Tokens:
-    """Tokens of stacked images."""
-    if device.startswith("cuda"):
-        pixels = pixels.pin_memory()
-    dtype = TORCH_DTYPES[plan.spec["identity"]["compute_dtype"]]
-    return backbone(to_pixels(pixels, plan.preprocess, device=device, dtype=dtype), layers=layers)
-
-
-def _create_reduced(
-    plan: Plan, run: RunConfig, device: str, backbone: Backbone, say: Callable[[str], None]
-) -> list[str]:
-    """`prepare` for a set with reductions: settle those of new arrays first; returns their losses as lines."""
-
-    def forward(images: np.ndarray) -> Tokens:
-        with torch.inference_mode():
-            return _forward(plan, device, backbone, torch.from_numpy(images), plan.layers)
-
-    settled = settle(plan, forward, run, batch_size=_batch_size(plan, run, device), say=say)
-    prepare(settled.plan)
-    held = read_spec(plan.folder)
-    if settled.parameters is not None:
-        reductions.drop_unnamed(plan.folder, held, settled.parameters)
-    found = {name: reductions.read_reduction(plan.folder, held, name) for name in settled.arrays}
-    return [summary_line(reduction, name) for name, reduction in found.items() if reduction is not None]
-
-
 class _Worker:
     """One process at work on one set."""
 
@@ -212,7 +172,11 @@ class _Worker:
             plan.folder, plan.manifest, [array.name for array in plan.arrays], retry_failed=run.retry_failed
         )
         self.row_index = self.blocks.row_index
-        self.batch_size = _batch_size(plan, run, device)
+        self.batch_size = batch_size(plan, run, device, backbone)
+        self.pieces = Pieces(self.batch_size, device)
+        self.transfers = Transfers(device)
+        held = [array for arrays in self.blocks.groups.values() for array in arrays]
+        self.empty = {array.name: _as_numpy(_empty_rows(array, 1))[0] for array in held}
         self.reducers: dict[str, Reducer] = {}
         for arrays in self.blocks.groups.values():
             for array in arrays:
@@ -230,10 +194,44 @@ class _Worker:
             summary.computed, summary.failed, summary.reasons = tally.computed, tally.failed, tally.reasons
             advance(*progress_of(batch))
 
+        if self.device.startswith("cuda") and jobs:
+            self.trial(list(self.plan.arrays))
         for groups, items in jobs.items():
             with self.images(items) as images:
-                summary.blocks += self.blocks.write(groups, images, self.embed, after)
+                summary.blocks += self._write(groups, images, after)
                 summary.notes += images.notes
+
+    def _write(self, groups: tuple[str, ...], images: Images, after: Callable[[Batch], None]) -> int:
+        """Compute here and write in another thread; returns the number of blocks committed."""
+        arrays = [array for group in groups for array in self.blocks.groups[group]]
+
+        def write(started: Iterator[tuple[Batch, _Rows]]) -> int:
+            current: list[_Rows] = []
+
+            def batches() -> Iterator[Batch]:
+                for batch, rows in started:
+                    current[:] = [rows]
+                    yield batch
+
+            def rows_of(batch: Batch, arrays: list[ArraySpec]) -> dict[str, np.ndarray]:
+                return current.pop().wait()
+
+            return self.blocks.write(groups, batches(), rows_of, after)
+
+        return overlapped(((batch, self.start(batch, arrays)) for batch in images), write, ahead=BEHIND)
+
+    def trial(self, arrays: list[ArraySpec]) -> None:
+        """One forward pass over nothing at the run's shape, so that what does not fit shows before the first image."""
+        spec = self.plan.preprocess
+        nothing = np.zeros(
+            (self.batch_size, 1, spec.height, spec.width), np.uint8 if spec.quantise == "uint8" else "f4"
+        )
+        self._compute(nothing, arrays).wait()  # its rows must live as long as they are copied
+
+    def notes(self) -> list[str]:
+        """What there is to say about how the network ran."""
+        failure = compilation_of(self.backbone).failure
+        return self.pieces.notes + ([f"not compiled, the network ran as it is: {failure}"] if failure else [])
 
     def images(self, jobs: list[Job]) -> Images:
         """Batches of some jobs: decoded, or out of the decoded cache where that holds them."""
@@ -241,43 +239,39 @@ class _Worker:
             return CachedImages(self.cache, jobs)
         return open_loader(self.plan.manifest, self.plan.preprocess, jobs, self.run)
 
-    def embed(self, batch: Batch, arrays: list[ArraySpec]) -> dict[str, np.ndarray]:
-        """Rows of every array for one batch; where the image failed NaN, or zero in arrays of integers."""
-        count = len(batch.states)
+    def start(self, batch: Batch, arrays: list[ArraySpec]) -> "_Rows":
+        """Set the device to work on one batch; where an image failed its rows are NaN, or zero in integer arrays."""
         failed = np.array([state.reason is not None for state in batch.states])
+        rows = [int(self.row_index[row]) for row in batch.job.rows]
         if failed.all():
-            return {array.name: _empty_rows(array, count) for array in arrays}
-        pixels = torch.from_numpy(batch.pixels)
-        if count < self.batch_size:  # one shape a run: kernels and rounding stay the same at the tail
-            pixels = torch.cat([pixels, pixels.new_zeros((self.batch_size - count, *pixels.shape[1:]))])
-        layers = {int(array.name.split("/")[1]) for array in arrays if "/" in array.name}
-        with torch.inference_mode():
-            tokens = _forward(self.plan, self.device, self.backbone, pixels, tuple(sorted(layers)))
-            rows = {}
-            for array in arrays:
-                values = pick(tokens, array.name)[:count]
-                if array.name in self.reducers:
-                    values = self._reduce(values, array.name, batch, failed)
-                rows[array.name] = _to_rows(values, array)
-        for array in arrays:
-            rows[array.name][failed] = _empty_rows(array, 1)[0]
-        return rows
+            landing = Landing({array.name: _empty_rows(array, len(rows)) for array in arrays}, {})
+        else:
+            landing = self._compute(batch.pixels, arrays)
+        return _Rows(landing, self.empty, arrays, rows, failed)
 
-    def _reduce(self, values: Tensor, name: str, batch: Batch, failed: Bool[np.ndarray, " B"]) -> Tensor:
-        """Patches made smaller; integers cannot say that something was not finite, so that is checked here."""
-        reducer = self.reducers[name]
-        reduced = reducer.floats(values)
-        if not reducer.reduction.is_int8:
-            return reduced
-        whole = torch.isfinite(reduced).flatten(1).all(1).cpu().numpy()
-        bad = np.flatnonzero(~whole & ~failed)
-        if len(bad):
-            row = int(self.row_index[batch.job.rows[int(bad[0])]])
-            raise StoreError(
-                f"{name}: row {row} holds infinity or NaN, which int8 cannot keep; nothing of this block is committed; "
-                "check the weights and the compute dtype"
-            )
-        return reducer.quantised(reduced)
+    def _compute(self, pixels: np.ndarray, arrays: list[ArraySpec]) -> Landing:
+        layers = tuple(sorted({int(array.name.split("/")[1]) for array in arrays if "/" in array.name}))
+
+        def forward(images: Tensor) -> dict[str, Tensor]:
+            tokens = forward_images(self.plan, self.device, self.backbone, images, layers)
+            found = {}
+            for array in arrays:  # made small and cast here, so that only what is asked for leaves the device
+                values = pick(tokens, array.name)
+                reducer = self.reducers.get(array.name)
+                if reducer is not None:
+                    values = reducer.floats(values)
+                    if reducer.reduction.is_int8:  # integers cannot say that something was not finite
+                        found[FINITE + array.name] = torch.isfinite(values).flatten(1).all(1)
+                        values = reducer.quantised(values)
+                found[array.name] = values.to(TORCH_DTYPES[array.dtype]).contiguous()
+            return found
+
+        # One shape a run: kernels and rounding stay the same at the tail. Streamed networks are not compiled and take
+        # long enough for what is there.
+        size = len(pixels) if streams(self.backbone) else max(self.batch_size, len(pixels))
+        with torch.inference_mode(), advised(self.device, size, pixels.shape[2:]):
+            rows = self.pieces(self.transfers.upload(pixels, size), forward)
+            return self.transfers.download({name: values[: len(pixels)] for name, values in rows.items()})
 
     def guard(self) -> None:
         """Recompute two committed rows before adding to a set: other weights, code or kernels must not slip in.
@@ -288,20 +282,16 @@ class _Worker:
         for group, arrays in self.blocks.groups.items():
             blocks = sorted(commits.committed_blocks(self.plan.folder, group))
             position = self.blocks.position
-            rows: list[int] = []
+            candidates: list[list[int]] = []
             for block in dict.fromkeys(blocks[:1] + blocks[-1:]):
                 commit = commits.read_commit(self.plan.folder, group, block)
                 good = [row for row in range(commit.start, commit.stop) if row not in commit.failed and row in position]
-                rows += good[: 1 if len(blocks) > 1 else 2]
-            if not rows:
+                # One row of each, or two of the only one; each stands before those that may take its place.
+                candidates += [good] if len(blocks) > 1 else [good[::2], good[1::2]]
+            rows, batch = self._decodable([each[:TRIES] for each in candidates])
+            if batch is None:
                 continue
-            job = Job(-1, tuple(position[row] for row in rows))
-            # As at the time, from the files: the cache need not hold these rows.
-            with open_loader(self.plan.manifest, self.plan.preprocess, [job], self.run, workers=1) as loader:
-                batch = next(iter(loader))
-            if any(state.reason is not None for state in batch.states):
-                continue  # the file was damaged since; check_unchanged speaks for the rows that matter
-            fresh = self.embed(batch, arrays)
+            fresh = self.start(batch, arrays).wait()
             for array in arrays:
                 held = ShardedArray(self.plan.folder / "data.zarr" / array.name).gather(np.array(rows))
                 reduction = self.reducers[array.name].reduction if array.name in self.reducers else None
@@ -317,6 +307,24 @@ class _Worker:
                         "the set; use the device and versions that `featstore info` lists, or a new set (--name)"
                     )
 
+    def _decodable(self, candidates: list[list[int]]) -> tuple[list[int], Batch | None]:
+        """The first row of the set that can still be decoded of every list, and their images; None where none can.
+
+        A file may have been damaged since: `check_unchanged` speaks for the rows that matter.
+        """
+        waiting = [iter(each) for each in candidates]
+        chosen = [next(each, None) for each in waiting]
+        while rows := [row for row in chosen if row is not None]:
+            job = Job(-1, tuple(self.blocks.position[row] for row in rows))
+            # As at the time, from the files: the cache need not hold these rows.
+            with open_loader(self.plan.manifest, self.plan.preprocess, [job], self.run, workers=1) as loader:
+                batch = next(iter(loader))
+            broken = {row for row, state in zip(rows, batch.states) if state.reason is not None}
+            if not broken:
+                return rows, batch
+            chosen = [next(each, None) if row in broken else row for row, each in zip(chosen, waiting)]
+        return [], None
+
 
 def pick(tokens: Tokens, name: str) -> Float[Tensor, "..."]:
     """The array `name` (`cls`, `layers/3/patches`, ...) out of one forward pass; the patch mean is taken in float32."""
@@ -328,17 +336,50 @@ def pick(tokens: Tokens, name: str) -> Float[Tensor, "..."]:
     return found
 
 
-def _to_rows(values: Tensor, array: ArraySpec) -> np.ndarray:
-    cast = values.to(TORCH_DTYPES[array.dtype]).cpu().contiguous()
-    if array.dtype == "bfloat16":  # numpy has no such type: the bits travel as uint16
-        return cast.view(torch.uint16).numpy()
-    return cast.numpy()
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of one batch in the making; `numbers` are their rows in the set, `empty` is a failed row of every array."""
+
+    landing: Landing
+    empty: dict[str, np.ndarray]
+    arrays: list[ArraySpec]
+    numbers: list[int]
+    failed: Bool[np.ndarray, " B"]
+
+    def wait(self) -> dict[str, np.ndarray]:
+        """Rows of every array.
+
+        Raises:
+            StoreError: tokens are not finite, and the array's type cannot say so.
+        """
+        found = self.landing.wait()
+        rows = {}
+        for array in self.arrays:
+            if FINITE + array.name in found:
+                self._check_finite(array.name, found[FINITE + array.name].numpy())
+            rows[array.name] = _as_numpy(found[array.name])
+            if not self.failed.all():
+                rows[array.name][self.failed] = self.empty[array.name]
+        return rows
+
+    def _check_finite(self, name: str, finite: Bool[np.ndarray, " B"]) -> None:
+        bad = np.flatnonzero(~finite & ~self.failed)
+        if len(bad):
+            raise StoreError(
+                f"{name}: row {self.numbers[int(bad[0])]} holds infinity or NaN, which int8 cannot keep; nothing of "
+                "this block is committed; check the weights and the compute dtype"
+            )
 
 
-def _empty_rows(array: ArraySpec, count: int) -> np.ndarray:
+def _as_numpy(values: Tensor) -> np.ndarray:
+    # numpy has no bfloat16: its bits travel as uint16.
+    return values.view(torch.uint16).numpy() if values.dtype == torch.bfloat16 else values.numpy()
+
+
+def _empty_rows(array: ArraySpec, count: int) -> Tensor:
     """Rows of failed images."""
     empty = 0.0 if array.dtype == "int8" else float("nan")
-    return _to_rows(torch.full((count, *array.row_shape), empty), array)
+    return torch.full((count, *array.row_shape), empty).to(TORCH_DTYPES[array.dtype])
 
 
 def _write_run(plan: Plan, run: RunConfig, summary: Summary) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from jaxtyping import Int64
 
 from featstore import files
 from featstore.backbones import BackboneSource, describe
-from featstore.configs import RunConfig, SetConfig, parse_layers, parse_reduce, parse_tokens
+from featstore.backbones.catalogue import check_set_name, pretraining_of
+from featstore.configs import RunConfig, SetConfig, parse_layers, parse_reduce, parse_tokens, parse_window
 from featstore.datasets.manifest import Manifest
 from featstore.errors import ConfigError, IncompleteError
 from featstore.images import PreprocessSpec, fit_size, parse_resolution
@@ -22,6 +24,7 @@ from featstore.objects import Place, as_object
 from featstore.request import as_request
 from featstore.store import commits, ledger, reductions
 from featstore.store.catalog import Store
+from featstore.store.kinds import check_kind, check_random_name
 from featstore.store.layout import ITEMSIZE, ArraySpec, block_rows, make_spec, read_spec, set_folder, set_name
 from featstore.store.packed import check_not_archived
 from featstore.store.reductions import Reduction
@@ -66,8 +69,23 @@ class Plan:
     @property
     def gflop(self) -> float:
         """Work of the missing rows in GFLOP."""
-        size = self.preprocess
-        return len(self.todo) * self.source.architecture.gflops(size.height, size.width)
+        size = (self.preprocess.height, self.preprocess.width)
+        return len(self.todo) * image_gflops(self.source, size, self.window)
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """(size, stride) of the windows that the network runs over."""
+        held = self.spec["identity"].get("window")
+        return None if held is None else (int(held[0]), int(held[1]))
+
+
+def image_gflops(source: BackboneSource, pixels: tuple[int, int], window: tuple[int, int] | None) -> float:
+    """GFLOP of one image, through windows of (size, stride) where they are asked for."""
+    if window is None:
+        return source.architecture.gflops(*pixels)
+    size, stride = window
+    windows = prod(1 + -(-(side - size) // stride) for side in pixels)
+    return windows * source.architecture.gflops(size, size)
 
 
 def set_resolution(config: SetConfig, source: BackboneSource) -> tuple[str, tuple[int, int], list[str]]:
@@ -91,6 +109,11 @@ def set_resolution(config: SetConfig, source: BackboneSource) -> tuple[str, tupl
         asked = parse_resolution(config.res) if config.res is not None else (native, native)
     name = str(asked[0]) if asked[0] == asked[1] else f"{asked[0]}x{asked[1]}"
     pixels = fit_size(asked, patch, config.fit)
+    window = parse_window(config.window)
+    if window is None:
+        source.architecture.check_size(*pixels)
+    else:
+        source.architecture.check_window(window, *pixels)
     notes = []
     if pixels != asked:
         rows, columns = source.architecture.grid(*pixels)
@@ -109,13 +132,15 @@ def set_arrays(
     rows, columns = architecture.grid(*pixels)
     shapes = {
         "cls": (architecture.embed_dim,),
-        "mean_patch": (architecture.embed_dim,),
+        "mean_patch": (architecture.patch_width,),
         "registers": (architecture.num_registers, architecture.embed_dim),
-        "patches": (rows * columns, architecture.embed_dim),
+        "patches": (rows * columns, architecture.patch_width),
     }
     tokens = parse_tokens(config.tokens)
     if "registers" in tokens and architecture.num_registers == 0:
         raise ConfigError(f"--tokens registers: {source.name} has no register tokens")
+    if config.layers and not architecture.depth:
+        raise ConfigError(f"--layers {config.layers}: {source.name} has no inner layers of tokens; leave it out")
     layers = []
     for layer in parse_layers(config.layers):
         absolute = layer if layer > 0 else architecture.depth + 1 + layer
@@ -187,7 +212,11 @@ def resolve_compute_dtype(
         return "float32"
     import torch
 
-    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    from featstore.backbones.devices import has_bfloat16, resolve_device
+
+    if not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if has_bfloat16(resolve_device("cuda" if device == "auto" else device)) else "float32"
 
 
 def make_plan(
@@ -204,7 +233,7 @@ def make_plan(
     resolution, pixels, notes = set_resolution(settled, source)
     arrays, layers = set_arrays(source, pixels, config)
     steps = parse_reduce(config.reduce)
-    grid, dim = source.architecture.grid(*pixels), source.architecture.embed_dim
+    grid, dim = source.architecture.grid(*pixels), source.architecture.patch_width
     arrays, lines = reduced_arrays(arrays, steps, grid, dim)
     preprocess = make_preprocess(settled, source, pixels)
     identity = {
@@ -215,6 +244,12 @@ def make_plan(
         "stored_dtype": config.dtype,
         "reductions": reductions.identity_of(steps),
     }
+    # What came later is stated where it is not the default, so that sets made before keep their fingerprint.
+    window = parse_window(config.window)
+    if window is not None:
+        identity["window"] = list(window)
+    if config.weight_dtype != "same":
+        identity["weight_dtype"] = config.weight_dtype
     identity["compute_dtype"] = resolve_compute_dtype(
         store,
         (dataset, config.name or source.name, resolution),
@@ -227,13 +262,14 @@ def make_plan(
         tokens -= grid[0] * grid[1]
     per_row = tokens * dim * ITEMSIZE[config.dtype]
     per_row += next((array.row_bytes for array in arrays if reductions.is_reduced(array.name, steps)), 0)
+    trained = pretraining_of(source)
     spec = make_spec(
         dataset=dataset,
         model=config.name or source.name,
         resolution=resolution,
         identity=identity,
-        rows_per_block=config.block_rows or block_rows(source.architecture.gflops(*pixels), per_row),
-        weights={**source.weights, "model": source.name},
+        rows_per_block=config.block_rows or block_rows(image_gflops(source, pixels, window), per_row),
+        weights={**source.weights, "model": source.model, **({"pretraining": trained} if trained else {})},
         random=source.random,
     )
     spec["request"] = as_request(config, compute_dtype=identity["compute_dtype"])
@@ -241,6 +277,8 @@ def make_plan(
         spec["published"], said = describe_published(config.published, preprocess)
         lines = [*lines, *said]
     folder = set_folder(store.path, spec)
+    if not (folder / "spec.json").is_file():
+        check_name(store, dataset, config, source)
     spec = existing_spec(folder, spec, config.block_rows)
     missing = missing_rows(folder, manifest, arrays, spec, retry_failed=run.retry_failed)
     if any(len(rows) for rows in missing.values()):
@@ -256,6 +294,20 @@ def make_plan(
         missing=missing,
         notes=notes + lines,
     )
+
+
+def check_name(store: Store, dataset: str, config: SetConfig, source: BackboneSource) -> None:
+    """Random, imported and real weights never share a name in a listing.
+
+    Raises:
+        ConfigError: the name of a new set says something else than what its weights are.
+    """
+    name = config.name or source.name
+    if config.name is not None:
+        check_set_name(config.name, source)
+    if not source.random:
+        check_random_name(name, "give another --name")
+    check_kind(store, dataset, name, "random" if source.random else "real")
 
 
 def make_preprocess(config: SetConfig, source: BackboneSource, pixels: tuple[int, int]) -> PreprocessSpec:
@@ -308,6 +360,9 @@ def describe_backbone(store: Store, config: SetConfig) -> BackboneSource:
         config.model,
         weights=config.weights,
         random_weights=config.random_weights,
+        revision=config.revision,
+        pos_interp=config.pos_interp,
+        norm=config.norm,
         digest_cache=(store.path if as_object(store.path) is None else files.user_cache()) / "cache" / "weights.json",
     )
 

@@ -17,8 +17,11 @@ from featstore.backbones.tokens import Backbone, Tokens
 from featstore.configs import RunConfig
 from featstore.datasets.manifest import stat_files
 from featstore.errors import ConfigError, IncompleteError, MissingWeightsError, WeightsError
+from featstore.extraction.backbone import load_for_set
+from featstore.extraction.batching import default_batch_size
+from featstore.extraction.creation import TORCH_DTYPES
 from featstore.extraction.loader import Batch, Job, open_loader
-from featstore.extraction.pipeline import TORCH_DTYPES, choose_device, default_batch_size, pick
+from featstore.extraction.pipeline import choose_device, pick
 from featstore.extraction.reduce import Reducer
 from featstore.images import PreprocessSpec, to_pixels
 from featstore.request import request_of
@@ -94,9 +97,7 @@ def recheck(
     tolerance = parity_of(features.spec)
     checks = [ArrayCheck(name, tolerance) for name in arrays]
     if len(good):
-        backbone = source.load(
-            device=device, compute_dtype=features.spec["identity"]["compute_dtype"], attention=run.attention
-        )
+        backbone = load_for_set(source, features.spec["identity"], run, device)
         num_tokens = source.architecture.num_tokens(spec.height, spec.width)
         size = min(run.batch_size or default_batch_size(num_tokens, device), len(good))
         layers = tuple(sorted({int(name.split("/")[1]) for name in arrays if "/" in name}))
@@ -151,7 +152,16 @@ def find_backbone(spec: dict[str, Any], weights: Path | None, digest_cache: Path
     if model.startswith("hf:") and held is not None:
         model, held = f"hf:{held}", None
     revision = facts["revision"] if facts["kind"] == "hub" and held is None and weights is None else None
-    source = describe(model, weights=held, random_weights=seed, revision=revision, digest_cache=digest_cache)
+    own = function is not None or model.startswith("timm:")
+    source = describe(
+        model,
+        weights=held,
+        random_weights=seed,
+        revision=revision,
+        digest_cache=digest_cache,
+        pos_interp=None if own else request.get("pos_interp"),
+        norm=None if own else request.get("norm"),
+    )
     found = json.loads(files.canonical_json(source.identity))
     other = differences({key: identity[key] for key in found}, found)
     if other:

@@ -80,8 +80,8 @@ class Sample:
     split: str
 
 
-def draw_sample(manifest: Manifest, spec: PreprocessSpec, run: RunConfig) -> Sample:
-    """The first decodable images of a seeded permutation: training images only, where there are at least two.
+def draw_sample(manifest: Manifest, spec: PreprocessSpec, run: RunConfig, *, count: int = SAMPLE) -> Sample:
+    """The first `count` decodable images of a seeded permutation: training images only, where there are at least two.
 
     Their first half fits and the second measures; one image alone does both. Decoded as `run` says.
     """
@@ -93,9 +93,9 @@ def draw_sample(manifest: Manifest, spec: PreprocessSpec, run: RunConfig) -> Sam
     with open_loader(manifest, spec, jobs, run) as loader:
         for batch in loader:
             found += [image for image, state in zip(batch.pixels, batch.states) if state.reason is None]
-            if len(found) >= SAMPLE:
+            if len(found) >= count:
                 break
-    found = found[:SAMPLE]
+    found = found[:count]
     half = -(-len(found) // 2)
     return Sample(found[:half], found[half:] or found, "train" if candidates is train else "all")
 
@@ -139,7 +139,7 @@ def settle(plan: Plan, forward: Forward, run: RunConfig, *, batch_size: int, say
     base = Reduction(
         steps=steps,
         grid=(rows, columns),
-        dim=plan.source.architecture.embed_dim,
+        dim=plan.source.architecture.patch_width,
         dtype="float16" if plan.spec["identity"]["stored_dtype"] == "float16" else "float32",
     )
 

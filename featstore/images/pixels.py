@@ -1,10 +1,19 @@
 """The last step, on the device: a batch of intensities becomes the network's input."""
 
+import functools
+
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from featstore.images.preprocess import PreprocessSpec
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], device: torch.device) -> Float32[Tensor, "C 1 1"]:
+    """Made once: a copy from the host would make it wait for the device in every batch."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 def to_pixels(
@@ -22,8 +31,6 @@ def to_pixels(
     values = batch.to(device, non_blocking=True).to(torch.float32)
     if not spec.unit_range:
         # CUDA turns a plain number into a multiplication, which rounds otherwise; a tensor divides as on the CPU.
-        values = values / torch.full((), 255.0, dtype=torch.float32, device=values.device)
-    mean, std = (
-        torch.tensor(three, dtype=torch.float32, device=values.device).view(3, 1, 1) for three in (spec.mean, spec.std)
-    )
+        values = values / _constant((255.0,), values.device)
+    mean, std = _constant(tuple(spec.mean), values.device), _constant(tuple(spec.std), values.device)
     return values.sub(mean).div_(std).to(dtype)  # (B, 3, H, W)

@@ -135,7 +135,9 @@ class PreprocessSpec:
         """Canonical and ready for JSON; two specifications with equal dictionaries give equal pixels."""
         # What came later is stated where it is not the default, so that sets made before keep their fingerprint.
         later = {"dicom_mode": self.dicom_mode, "decode": self.decode}
+        cut = {"crop": "floor"} if self.geometry == "short" else {}  # it once halved odd margins to the even neighbour
         return {
+            **cut,
             **{name: value for name, value in later.items() if value not in ("standard", "full")},
             "implementation": IMPLEMENTATION,
             "geometry": self.geometry,

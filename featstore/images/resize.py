@@ -94,10 +94,14 @@ def dino(image: Pixels, height: int, width: int, *, mode: str = "bicubic") -> An
 def short(image: Pixels, height: int, width: int, *, mode: str = "bicubic") -> AnyPlanes:
     """The short side to the target, then the centre of that: the largest centred part of the target's shape.
 
+    Odd margins are smaller by one at the top and left, as image processors of transformers and torchxrayvision cut.
+
     Raises:
         DecodeError: as `dino`.
     """
-    return _centre(_cover(image, height, width, "short", mode), height, width)
+    planes = _cover(image, height, width, "short", mode)
+    top, left = (planes.shape[1] - height) // 2, (planes.shape[2] - width) // 2
+    return np.ascontiguousarray(planes[:, top : top + height, left : left + width])
 
 
 def _cover(image: Pixels, height: int, width: int, name: str, mode: str) -> AnyPlanes:

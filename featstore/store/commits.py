@@ -450,12 +450,11 @@ def check_finite(array: ArraySpec, values: np.ndarray, failed: Bool[np.ndarray, 
     bad = ~whole & ~failed
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        fits = array.dtype != "float16"
-        hint = "check the weights and the compute dtype" if fits else "store them as float32 (--dtype float32)"
-        raise StoreError(
-            f"{array.name}: row {first_row + row} does not fit {array.dtype}: it holds infinity or NaN; nothing of "
-            f"this block is committed; {hint}"
-        )
+        nan = (values[row] & 0x7FFF) > 0x7F80 if array.dtype == "bfloat16" else np.isnan(values[row])
+        overflow = array.dtype == "float16" and not nan.any()  # what is no number was none before it was stored
+        hint = "store them as float32 (--dtype float32)" if overflow else "check the weights and the compute dtype"
+        found = "holds NaN" if nan.any() else f"does not fit {array.dtype}: it holds infinity"
+        raise StoreError(f"{array.name}: row {first_row + row} {found}; nothing of this block is committed; {hint}")
 
 
 # Where killed writers leave files that did not get their name yet; in data.zarr they stand beside zarr.json only.

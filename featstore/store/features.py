@@ -260,10 +260,20 @@ class FeatureSet:
         return table.append_column("reason", pa.array([failures.get(row) for row in range(len(self))], pa.string()))
 
     def parts(self, features: str) -> list[str]:
-        """Arrays behind a feature name: array names joined by '+', such as `cls+mean_patch`, or `mean_all`."""
+        """Arrays behind a feature name: array names joined by '+', such as `cls+mean_patch`, or `mean_all`.
+
+        Raises:
+            ConfigError: `mean_all` of a network without a CLS token.
+        """
         if features != "mean_all":
             return features.split("+")
-        has_registers = self.spec["identity"].get("architecture", {}).get("num_registers", 0) > 0
+        facts = self.spec["identity"].get("architecture", {})
+        if facts.get("summary") == "pool":
+            raise ConfigError(
+                f"{self.name}: mean_all is the mean over CLS, registers and patches, and this network has no CLS "
+                "token: its cls is what it pools from the patches; use cls or mean_patch"
+            )
+        has_registers = facts.get("num_registers", 0) > 0
         return ["cls", "registers", "patches"] if has_registers else ["cls", "patches"]
 
     def load(self, features: str = "cls+mean_patch", *, verify: bool = False) -> np.ndarray:
@@ -296,6 +306,7 @@ class FeatureSet:
             "arrays": {name: [*self.ledger.arrays[name].row_shape] for name in self.arrays},
             "dtype": identity["stored_dtype"],
             "compute_dtype": identity.get("compute_dtype"),
+            **({"weight_dtype": identity["weight_dtype"]} if "weight_dtype" in identity else {}),
             "weights": "random" if self.random else self.spec["weights"]["kind"],
             "pixels": [preprocess["height"], preprocess["width"]] if preprocess else None,
             "geometry": preprocess.get("geometry"),

@@ -18,6 +18,7 @@ from featstore.store import commits, ledger
 from featstore.store.catalog import Store
 from featstore.store.commits import HASH_HEX, BlockWriter, RowState, committed_blocks
 from featstore.store.import_formats import read_arrays
+from featstore.store.kinds import check_kind, check_random_name
 from featstore.store.layout import ArraySpec, block_rows, check_store, make_spec, read_spec, set_folder
 
 if TYPE_CHECKING:
@@ -106,15 +107,17 @@ def import_features(
     nothing, other features make another set. Returns (store, folder of the set, samples that the file has).
 
     Raises:
-        ConfigError: `model` cannot be part of a set's name.
+        ConfigError: `model` cannot be part of a set's name, or sets of a network have this name.
         ManifestError: see `read_arrays` and `pick_arrays`, or ids of the file are unknown to the data set.
     """
     if not manifests.NAME.fullmatch(model):
         raise ConfigError(f"--model is letters, digits, '.', '_' and '-' for imported features, got {model!r}")
+    check_random_name(model)
     arrays = read_arrays(file, features_key, ids_file)
     features, ids, key = pick_arrays(file, arrays, features_key, ids_key)
     store = Store(store_path)
     check_store(store.path, create=True)
+    check_kind(store, dataset, model, "imported")
     try:
         manifest = store.manifest(dataset)
     except UnknownNameError:

@@ -21,6 +21,7 @@ from featstore.store import commits, ledger
 from featstore.store.catalog import Entry, Store
 from featstore.store.commits import HASH_HEX, BlockWriter, Commit, RowState
 from featstore.store.diff import as_tokens, parity_limit, parity_of, row_differences
+from featstore.store.kinds import SAID, check_arrival, kind_of
 from featstore.store.layout import ArraySpec, check_current, check_store, read_spec, set_folder
 from featstore.store.owners import OwnedSet
 from featstore.store.packed import BEGUN, SEALED
@@ -59,7 +60,7 @@ def merge(
     `advance` is told the number of blocks dealt with. With `keep="target"` blocks that differ stay as they are.
 
     Raises:
-        ConfigError: both stores are the same.
+        ConfigError: both stores are the same, or a set would share its name with sets of another kind of weights.
         CorruptError: both have a block with other numbers (nothing is written then), or the source is damaged.
         SchemaError: one of the stores is of an older schema.
     """
@@ -68,6 +69,7 @@ def merge(
     entries = [source.entry(selector) for selector in selectors] or source.entries()
     for entry in entries:
         check_current(entry.spec["schema"], f"{entry.full_name} in {source.path}")
+    _check_names(entries, target)
     check_store(target, create=True)
     results = [Merged(entry.full_name) for entry in entries]
     for entry, result in zip(entries, results):
@@ -80,6 +82,26 @@ def merge(
         _bring_runs(entry.folder, set_folder(target, entry.spec))
     _refuse(results, keep)
     return results
+
+
+def _check_names(entries: list[Entry], target: Place) -> None:
+    """Imported, random and real weights share no name in the target, nor among what comes.
+
+    Raises:
+        ConfigError: they would.
+    """
+    there, arriving = Store(target), dict[tuple[str, str], Entry]()
+    for entry in entries:
+        if entry.is_decoded or (set_folder(target, entry.spec) / "spec.json").is_file():
+            continue  # what stands there already gets no new name
+        rename = f"rename one of them first: `featstore mv {entry.full_name} {entry.dataset}/NEW`"
+        check_arrival(there, entry, str(entry.spec["model"]), rename)
+        other = arriving.setdefault((entry.dataset, str(entry.spec["model"])), entry)
+        kind, held = kind_of(entry.spec), kind_of(other.spec)
+        if held != kind:
+            raise ConfigError(
+                f"{entry.full_name} holds {SAID[kind]} and {other.full_name} {SAID[held]} under one name; {rename}"
+            )
 
 
 def num_blocks(store: Store, selectors: list[str]) -> int:

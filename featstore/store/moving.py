@@ -20,6 +20,7 @@ from featstore.objects import Place
 from featstore.store import commits, ledger
 from featstore.store.archive import LOCK, exclusively, require_calm
 from featstore.store.catalog import Entry, Store
+from featstore.store.kinds import check_arrival
 from featstore.store.layout import check_current, check_store, read_spec, set_folder, store_path
 from featstore.store.locks import writer_lock
 from featstore.store.verify import verify_set
@@ -37,7 +38,7 @@ def rename_set(entry: Entry, new: str) -> Path:
     same call completes what was stopped there.
 
     Raises:
-        ConfigError: no such name can be given.
+        ConfigError: no such name can be given, or sets of another kind of weights have it.
         StoreError: the name is taken, a writer is at work in the set, another process converts or moves it, or the
             store cannot be written.
     """
@@ -48,6 +49,7 @@ def rename_set(entry: Entry, new: str) -> Path:
             f"(resolution and fingerprint stay as they are); got {new!r}"
         )
     old = _local(entry.folder)
+    check_arrival(Store(old.parents[2]), entry, model, "choose another name")
     spec = {key: value for key, value in entry.spec.items() if key != "digest"} | {"model": model}
     check_current(int(spec["schema"]), f"{old}: this set")
     folder = set_folder(old.parents[2], spec)
@@ -91,6 +93,7 @@ def move_set(store: Store, entry: Entry, to: str | Place, *, advance: Callable[[
     too. `advance` is told the bytes done, of `set_bytes`.
 
     Raises:
+        ConfigError: sets of another kind of weights have its name there.
         StoreError: the same store, another set under that name there, a writer at work, another process that converts
             or moves the set, or a store that cannot be written.
         CorruptError: a file does not read back, or the set is damaged; nothing is removed here.
@@ -99,6 +102,8 @@ def move_set(store: Store, entry: Entry, to: str | Place, *, advance: Callable[[
     check_current(int(entry.spec["schema"]), f"{source}: this set")
     if root.resolve() == Path(store.path).resolve():
         raise StoreError(f"{root}: the set is there already; name another store")
+    model = str(entry.spec["model"])
+    check_arrival(Store(root), entry, model, f"rename it first: `featstore mv {entry.full_name} {entry.dataset}/NEW`")
     with files.writing(source), exclusively(source):
         return _move(store, entry, source, root, advance)
 
