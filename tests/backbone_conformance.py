@@ -131,8 +131,10 @@ def check_patches_run_along_rows(backbone: Backbone) -> None:
 
 
 def check_batch_size_does_not_matter(backbone: Backbone) -> None:
+    """Up to rounding, which goes with the size of the numbers: kernels of convolutions depend on the batch."""
     batch = images(backbone, 2, 3, count=5)
     together = backbone(batch)
+    largest = max(1.0, float(together.cls.abs().max()), float(together.patches.abs().max()))
     for start, stop in ((0, 1), (1, 3), (4, 5)):
         alone = backbone(batch[start:stop])
         expected = Tokens(
@@ -140,7 +142,7 @@ def check_batch_size_does_not_matter(backbone: Backbone) -> None:
             registers=together.registers[start:stop],
             patches=together.patches[start:stop],
         )
-        assert largest_difference(alone, expected) <= TOLERANCE
+        assert largest_difference(alone, expected) <= TOLERANCE * largest
 
 
 def check_same_image_same_tokens(backbone: Backbone) -> None:
