@@ -157,7 +157,7 @@ def cached(*, quick: bool) -> dict[str, Any]:
         jobs = [Job(0, tuple(range(first, min(first + 32, count)))) for first in range(0, count, 32)]
 
         def read() -> None:
-            with CachedImages(made, jobs) as images:
+            with CachedImages([made], jobs) as images:
                 for _ in images:
                     pass
 

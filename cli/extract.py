@@ -1,11 +1,8 @@
 """`featstore register` and `featstore extract`."""
 
 import contextlib
-import os
 import shutil
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,22 +10,22 @@ import typer
 
 from cli import show
 from cli.flags import with_config
-from featstore.configs import RegisterConfig, RunConfig, SetConfig, parse_bytes
-from featstore.errors import ConfigError, DeviceError, FeatstoreError, StoreError
+from cli.running import make_stop, raise_errors, run_plans
+from featstore.configs import RegisterConfig, RunConfig, SetConfig, each_set, parse_bytes
+from featstore.errors import ConfigError, StoreError
 from featstore.objects import Place, as_object
 
 if TYPE_CHECKING:
-    from featstore.backbones.tokens import Backbone
     from featstore.datasets.manifest import Manifest
     from featstore.extraction.decoded_cache import Cache
-    from featstore.extraction.pipeline import Summary
     from featstore.extraction.plan import Plan
-    from featstore.extraction.sharded import Lenders
+    from featstore.extraction.stopping import Stop
 
 StoreOption = Annotated[
     str | None,
     typer.Option("--store", help="store: a folder or s3://BUCKET/PREFIX; default: FEATSTORE_HOME, else the user cache"),
 ]
+DatasetOption = Annotated[str | None, typer.Option("--dataset", help="data set; default: every registered one")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
@@ -114,40 +111,57 @@ def describe_manifest(manifest: "Manifest") -> dict[str, Any]:
 @with_config(config=SetConfig, run=RunConfig)
 def extract(
     *,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="data set; default: every registered one")] = None,
+    dataset: DatasetOption = None,
     config: SetConfig,
     run: RunConfig,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Run a frozen backbone over a data set and keep its embeddings.
+    """Run frozen backbones over a data set and keep their embeddings.
 
     Only what is missing is computed: a second run does nothing, a killed one goes on, new images are added.
     Examples: `featstore extract --model dinov3-7b --res 512`; `featstore extract --dataset cxr --model tiny --res 98
-    --tokens cls,mean_patch,patches`; add `--random-weights 0` to try without weights.
+    --tokens cls,mean_patch,patches`; `featstore extract --model dinov2-base,dinov3-large --res 224,512` decodes every
+    image once for all four; add `--random-weights 0` to try without weights. On 8 GPUs: `torchrun --nproc-per-node 8
+    -m featstore extract ...`; as one of 16 jobs that start by themselves: `--rank 3 --world 16 --time-budget 3h50m`
+    (recipes/array.sbatch is that for Slurm). `featstore plan` says beforehand what it will take.
     """
+    from featstore.extraction.stopping import signals
+
+    stop = make_stop(run)  # the budget counts from here
+    with signals(stop):
+        _extract(dataset, config, run, store, stop, json=json)
+
+
+def _extract(
+    dataset: str | None, config: SetConfig, run: RunConfig, store: str | None, stop: "Stop", *, json: bool
+) -> None:
     from featstore.extraction import plan as planning
+    from featstore.extraction.distributed import find_ranks
     from featstore.store.catalog import Store
     from featstore.store.layout import store_path
+    from featstore.store.scratch import check_stage
 
     home = Store(store_path(store))
-    # Of the processes of torchrun that share one network, the first one speaks.
-    speaks = run.memory != "shard" or os.environ.get("RANK", "0") == "0"
-    quiet = json or not speaks
+    check_stage(run.stage, home.path)
+    ranks = find_ranks(run.rank, run.world)
+    quiet = json or not ranks.speaks
     if not quiet:
         print(f"store {home.path}", flush=True)
     if ":" in config.model:
         sys.path.append(str(Path.cwd()))  # so that `module:function` finds a module beside the user
-    source = planning.describe_backbone(home, config)
+    wanted = [(each, planning.describe_backbone(home, each)) for each in each_set(config)]
     plans = [
-        planning.make_plan(home, name, config, run, source) for name in planning.registered_datasets(home, dataset)
+        planning.make_plan(home, name, each, run, source)
+        for name in planning.registered_datasets(home, dataset)
+        for each, source in wanted
     ]
     if not quiet:
         for plan in plans:
             _print_plan(plan, run)
     check_space(home.path, plans, run, quiet=quiet)
-    summaries = [] if run.dry_run else run_plans(plans, run, quiet=quiet)
-    if json and speaks:
+    results = [] if run.dry_run else run_plans(plans, run, quiet=quiet, stop=stop)
+    if json and ranks.speaks:
         show.emit_json(
             [
                 {
@@ -159,10 +173,10 @@ def extract(
                 for plan in plans
             ]
             if run.dry_run
-            else summaries
+            else results
         )
-    raise_errors(summaries)
-    if summaries and all(item["samples"] and item["failed"] == item["samples"] for item in summaries):
+    raise_errors(results)
+    if results and all(item["samples"] and item["failed"] == item["samples"] for item in results):
         raise ConfigError("no image could be decoded; check the root and the files")
 
 
@@ -249,123 +263,6 @@ def check_space(root: Place, plans: "list[Plan]", run: RunConfig, *, quiet: bool
             f"{most}{show.size(wanted)} are to be written, more than --max-bytes {run.max_bytes}; "
             "keep fewer --tokens, or pass --yes"
         )
-
-
-def run_plans(plans: "list[Plan]", run: RunConfig, *, quiet: bool) -> list[dict[str, Any]]:
-    """Extract one set after another; over several processes where the network is sharded, of which one reports.
-
-    Where several are asked for, one whose images or options cannot do leaves the others alone: its result has `error`.
-    """
-    if run.memory != "shard":
-        return _run_plans(plans, run, None, quiet=quiet)
-    from featstore.extraction.pipeline import choose_device
-    from featstore.extraction.sharded import Lenders
-
-    lenders = Lenders(plans, run, choose_device(run.device))
-    if lenders.rank:
-        lenders.serve()
-        return []
-    try:
-        return _run_plans(plans, run, lenders, quiet=quiet)
-    finally:
-        lenders.dismiss()
-
-
-def _run_plans(plans: "list[Plan]", run: RunConfig, lenders: "Lenders | None", *, quiet: bool) -> list[dict[str, Any]]:
-    results = []
-    backbones = _Backbones(plans, run, lenders)
-    for number, plan in enumerate(plans):
-        try:
-            results.append(_run_plan(plan, run, partial(backbones.get, number), quiet=quiet))
-        except FeatstoreError as error:
-            # The store, the weights' files, the device and the other processes are the next set's too.
-            if len(plans) == 1 or lenders is not None or isinstance(error, OSError | DeviceError):
-                raise
-            show.say(f"{plan.name}: error: {error}")
-            results.append({"set": plan.name, "samples": 0, "failed": 0, "blocks": 0, "error": str(error)})
-    return results
-
-
-def raise_errors(results: list[dict[str, Any]]) -> None:
-    """Raise `ConfigError` that names every set that `run_plans` could not make."""
-    broken = [f"{item['set']}: {item['error']}" for item in results if "error" in item]
-    if broken:
-        raise ConfigError(f"{len(broken)} of {len(results)} sets failed, the others are done: {'; '.join(broken)}")
-
-
-class _Backbones:
-    """The network of one plan at a time, kept while the next plan computes in the same type."""
-
-    def __init__(self, plans: "list[Plan]", run: RunConfig, lenders: "Lenders | None"):
-        self._plans, self._run, self._lenders = plans, run, lenders
-        self._dtype = ""
-        self._held: Backbone | None = None
-
-    def get(self, number: int) -> "Backbone":
-        from featstore.extraction.creation import load_backbone
-        from featstore.extraction.pipeline import choose_device
-
-        plan = self._plans[number]
-        dtype = plan.spec["identity"]["compute_dtype"]
-        if self._held is None or self._dtype != dtype:
-            self._held, self._dtype = None, dtype  # let go of the one before
-            if self._lenders is None:
-                self._held = load_backbone(plan, self._run, choose_device(self._run.device))
-            else:
-                self._held = self._lenders.load(number)
-        return self._held
-
-
-def _run_plan(plan: "Plan", run: RunConfig, backbone: "Callable[[], Backbone]", *, quiet: bool) -> dict[str, Any]:
-    from featstore.extraction.prepare import is_prepared, prepare
-
-    cache, notes = _fill_cache(plan, run) if run.decoded_cache else (None, [])
-    if len(plan.todo) == 0:
-        if not is_prepared(plan):  # a manifest with nothing new: only the mapping of its rows is missing
-            prepare(plan)
-        if not quiet:
-            for note in notes:
-                print(f"    {note}")
-        return {"set": plan.name, "samples": 0, "failed": 0, "blocks": 0, "seconds": 0.0, "notes": notes}
-    from featstore.extraction import pipeline
-
-    show.say(f"{plan.name}: loading the backbone")
-    network = backbone()
-    with show.progress(plan.name, len(plan.todo)) as advance:
-        summary = pipeline.extract(plan, run, backbone=network, cache=cache, advance=advance, say=show.say)
-    summary.notes[:0] = notes
-    return _report(summary, plan, quiet=quiet)
-
-
-def _fill_cache(plan: "Plan", run: RunConfig) -> "tuple[Cache, list[str]]":
-    from featstore.extraction import decoded_cache
-
-    lacking = len(_cache_of(plan).missing(retry_failed=run.retry_failed))
-    with show.progress(f"{plan.name}: decoding", lacking) as advance:
-        return decoded_cache.fill_cache(plan, run, advance=advance)
-
-
-def _report(summary: "Summary", plan: "Plan", *, quiet: bool) -> dict[str, Any]:
-    rate = summary.computed / max(summary.seconds, 1e-9)
-    if not quiet:
-        print(
-            f"  {plan.name}: {summary.computed} computed in {show.duration(summary.seconds)} "
-            f"({rate:.1f} images/s on {summary.device}, "
-            f"batch {summary.batch_size}), {summary.blocks} blocks committed, {summary.failed} failed"
-        )
-        for note in summary.notes:
-            print(f"    {note}")
-        for reason, count in sorted(summary.reasons.items(), key=lambda item: -item[1]):
-            print(f"    {count} x {reason}")
-    return {
-        "set": plan.name,
-        "samples": summary.computed,
-        "failed": summary.failed,
-        "blocks": summary.blocks,
-        "seconds": round(summary.seconds, 3),
-        "reasons": summary.reasons,
-        "notes": summary.notes,
-    }
 
 
 COMMANDS = {"register": register, "extract": extract}

@@ -9,11 +9,12 @@ from typing import Any, NoReturn
 import typer
 
 from featstore import __version__
-from featstore.errors import FeatstoreError
+from featstore.errors import FeatstoreError, Stopped
 
 # Threads that spin while they wait starve the decoding beside them; read by OpenMP when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+ASKING = ("register", "extract", "plan", "search", "import", "card", "fetch")  # without options they print their help
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 
@@ -30,6 +31,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         try:
             command(**values)
+        except Stopped as error:
+            stop(f"\n{error}", error.code)
         except FeatstoreError as error:
             stop(f"error: {error}", 2)
         except KeyboardInterrupt:
@@ -52,7 +55,20 @@ def stop(message: str, code: int) -> NoReturn:
 
 
 def _store_app() -> typer.Typer:
-    from cli import backbones, card, demo, doctor, exchange, extract, formats, intensities, maintenance, operations
+    from cli import (
+        backbones,
+        card,
+        demo,
+        doctor,
+        exchange,
+        extract,
+        formats,
+        intensities,
+        maintenance,
+        operations,
+        searching,
+    )
+    from cli import plan as planning
 
     app = typer.Typer(
         name="featstore",
@@ -72,16 +88,15 @@ def _store_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for module in (extract, operations, backbones, card, intensities, maintenance, exchange, formats, doctor, demo):
+    first = (extract, planning, operations, backbones, card, intensities)
+    for module in (*first, maintenance, exchange, formats, searching, doctor, demo):
         for name, command in module.COMMANDS.items():
-            app.command(name, no_args_is_help=name in ("register", "extract", "import", "card", "fetch"))(
-                guarded(command)
-            )
+            app.command(name, no_args_is_help=name in ASKING)(guarded(command))
     return app
 
 
 def _probe_app() -> typer.Typer:
-    from cli import leaks, probing
+    from cli import comparing, fewshot, leaks, probing
 
     app = typer.Typer(
         name="probes",
@@ -101,7 +116,7 @@ def _probe_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for module in (probing, leaks):
+    for module in (probing, fewshot, comparing, leaks):
         for name, command in module.COMMANDS.items():
             app.command(name, no_args_is_help=name != "results")(guarded(command))
     return app

@@ -28,7 +28,9 @@ def knn(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """k nearest neighbours: cosine similarity, softmax vote at T = 0.07, k chosen on validation.
+    """k nearest neighbours by cosine similarity: --vote softmax (DINO's, T = 0.07), majority, distance or mlknn.
+
+    k is chosen on validation.
 
     Numbers and ranks get the weighted mean of the neighbours instead.
 
@@ -96,7 +98,8 @@ def _evaluate(
 
 def _extract_first(home: Any, config: EvalConfig) -> None:
     """Run the extraction that the probe would ask for: of a set that is there as it was made, else by name."""
-    from cli.extract import check_space, raise_errors, run_plans
+    from cli.extract import check_space
+    from cli.running import raise_errors, run_plans
     from featstore.configs import RunConfig, SetConfig
     from featstore.errors import ConfigError
     from featstore.extraction.plan import make_plan

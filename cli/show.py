@@ -2,15 +2,18 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 
 class Advance(Protocol):
-    """Called with the images just done and how many of them failed."""
+    """Called with the images just done and how many of them failed; `note` says something more at the line's end."""
 
     def __call__(self, images: int, failed: int = 0) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 def size(num_bytes: float) -> str:
@@ -81,7 +84,7 @@ def progress(label: str, total: int, unit: str = "images") -> Iterator[Advance]:
         with _bar(label, total, unit) as advance:
             yield advance
     else:
-        yield _lines(label, total, unit)
+        yield _Lines(label, total, unit)
 
 
 @contextmanager
@@ -96,39 +99,51 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Advance]:
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[bad]}"),
+        TextColumn("{task.fields[stages]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
-        task = bar.add_task(label, total=total, rate="", bad="")
-        bad = 0
-
-        def advance(images: int, failed: int = 0) -> None:
-            nonlocal bad
-            bad += failed
-            bar.update(task, advance=images, bad=f"{bad} failed" if bad else "")
-            speed = bar.tasks[task].speed
-            bar.update(task, rate=f"{speed:.1f} {unit}/s" if speed else "")
-
-        yield advance
+        task = bar.add_task(label, total=total, rate="", bad="", stages="")
+        yield _Live(bar, task, unit)
 
 
-def _lines(label: str, total: int, unit: str) -> Advance:
-    import time
+class _Live:
+    """The live line of a terminal."""
 
-    started = shown = time.monotonic()
-    done = bad = 0
+    def __init__(self, bar: Any, task: Any, unit: str) -> None:
+        self._bar, self._task, self._unit, self._bad = bar, task, unit, 0
 
-    def advance(images: int, failed: int = 0) -> None:
-        nonlocal done, bad, shown
-        done, bad = done + images, bad + failed
+    def __call__(self, images: int, failed: int = 0) -> None:
+        self._bad += failed
+        self._bar.update(self._task, advance=images, bad=f"{self._bad} failed" if self._bad else "")
+        speed = self._bar.tasks[self._task].speed
+        self._bar.update(self._task, rate=f"{speed:.1f} {self._unit}/s" if speed else "")
+
+    def note(self, text: str) -> None:
+        self._bar.update(self._task, stages=text)
+
+
+class _Lines:
+    """A plain line every few seconds."""
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self._label, self._total, self._unit, self._note = label, total, unit, ""
+        self._started = self._shown = time.monotonic()
+        self._done = self._bad = 0
+
+    def __call__(self, images: int, failed: int = 0) -> None:
+        self._done, self._bad = self._done + images, self._bad + failed
         now = time.monotonic()
-        pause = 5 if now - started < 60 else 30
-        if now - shown >= pause or (done >= total and now - started > 1):
-            shown = now
-            rate = done / max(now - started, 1e-9)
-            left = f", {duration((total - done) / rate)} left" if done < total else ""
-            say(f"{label}: {done}/{total}, {rate:.1f} {unit}/s{left}{f', {bad} failed' if bad else ''}")
+        pause = 5 if now - self._started < 60 else 30
+        if now - self._shown < pause and (self._done < self._total or now - self._started <= 1):
+            return
+        self._shown = now
+        rate = self._done / max(now - self._started, 1e-9)
+        left = f", {duration((self._total - self._done) / rate)} left" if self._done < self._total else ""
+        bad = f", {self._bad} failed" if self._bad else ""
+        say(f"{self._label}: {self._done}/{self._total}, {rate:.1f} {self._unit}/s{left}{bad}{self._note}")
 
-    return advance
+    def note(self, text: str) -> None:
+        self._note = f"; {text}" if text else ""
 
 
 @contextmanager

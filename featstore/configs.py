@@ -4,7 +4,7 @@ They are validated when made, written whole into run files and records, and hold
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,7 @@ DicomMode = Literal["standard", "raw_minmax", "xrv"]
 DecodeMode = Literal["full", "scaled"]
 Frames = Literal["first", "all"]
 WorkerType = Literal["thread", "process"]
+Engine = Literal["local", "ray"]
 
 TOKENS = ("cls", "mean_patch", "registers", "patches")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -55,6 +56,21 @@ def parse_share(text: str) -> float:
     if not 0 <= share <= 1:
         raise ConfigError(f"--max-failed must be a share such as 1% or 0.01, got {text!r}")
     return share
+
+
+def parse_seconds(text: str) -> float:
+    """`3h50m`, `90m`, `45s`, `1d12h`, `D-HH:MM:SS` or `HH:MM:SS` as Slurm has them, or plain seconds.
+
+    Raises:
+        ConfigError: anything else, or no time at all.
+    """
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip().lower().replace(" ", ""))
+    clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text.strip())
+    parts = [int(part or 0) for part in (clock or found or re.match("()()()()", "")).groups()]  # type: ignore[union-attr]
+    seconds = float(sum(part * unit for part, unit in zip(parts, (86400, 3600, 60, 1))))
+    if not seconds:
+        raise ConfigError(f"--time-budget is a time such as 3h50m, 90m, 3:50:00 or 600 (seconds), got {text!r}")
+    return seconds
 
 
 def parse_tokens(text: str) -> tuple[str, ...]:
@@ -126,9 +142,13 @@ def parse_reduce(text: str) -> tuple[str, ...]:
 class SetConfig:
     """What is computed: everything here can change the numbers of a set, or which arrays it has."""
 
-    model: Annotated[str, "backbone name (`featstore models`), hub id, hf:DIR_OR_ID, or module:function"]
+    model: Annotated[
+        str,
+        "backbone name (`featstore models`), hub id, hf:DIR_OR_ID, or module:function; several (a,b,c) share one pass",
+    ]
     res: Annotated[
-        str | None, "input size in pixels: 512, or 384x512 (height x width); default: the model's native size"
+        str | None,
+        "input size in pixels: 512, or 384x512 (height x width), or several: 224,512; default: the model's native size",
     ] = None
     weights: Annotated[
         Path | None, "folder (config.json + weights), .safetensors, or Meta's .pth, to load instead of the hub's"
@@ -207,6 +227,31 @@ class SetConfig:
             raise ConfigError(f"--block-rows must be a power of two (16, 256, 4096, ...), got {self.block_rows}")
 
 
+def each_set(config: SetConfig) -> list[SetConfig]:
+    """One configuration for every model and size of `--model a,b --res 224,512`, in that order.
+
+    Raises:
+        ConfigError: a list with an empty or repeated item, or with an option that is one model's own.
+    """
+    models, sizes = config.model.split(","), config.res.split(",") if config.res is not None else [None]
+    for option, items in (("--model", models), ("--res", sizes)):
+        named = [item.strip() for item in items if item is not None]
+        if len(named) != len(set(named)) or (len(named) > 1 and not all(named)):
+            raise ConfigError(f"{option} {','.join(named)}: an item is empty or stands there twice; name each one once")
+    if len(models) > 1:
+        own = {"--weights": config.weights, "--name": config.name, "--revision": config.revision}
+        given = [option for option, value in own.items() if value is not None]
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)} belongs to one model, and --model names {len(models)}; run that model by itself"
+            )
+    return [
+        replace(config, model=model.strip(), res=None if size is None else size.strip())
+        for model in models
+        for size in sizes
+    ]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """How it is computed: nothing here changes what a set is."""
@@ -221,7 +266,11 @@ class RunConfig:
     decoded_cache: Annotated[
         bool, "keep the resized images in the store, so that the next model at this size decodes nothing"
     ] = False
-    stage: Annotated[Path | None, "copy input files to this folder on a local disk and read them from there"] = None
+    stage: Annotated[
+        Path | None,
+        "folder on a local disk ($SLURM_TMPDIR): input files and weights are copied there and read from it, and blocks "
+        "are written there before they go to the store",
+    ] = None
     attention: Annotated[
         Attention, "attention kernel: sdpa (torch's own choice), xformers, flash (FlashAttention alone), or eager"
     ] = "sdpa"
@@ -236,9 +285,42 @@ class RunConfig:
         bool, "say what would be done and stop; of weights' files whose digest is not known yet it is kept"
     ] = False
     yes: Annotated[bool, "go on beyond --max-bytes or the free space"] = False
+    rank: Annotated[
+        int | None, "number of this process among --world (jobs of a Slurm array); torchrun sets both by itself"
+    ] = None
+    world: Annotated[int | None, "number of processes that share the work; any number may finish it"] = None
+    take_over: Annotated[
+        bool, "when its own blocks are done, a process goes on with those that others have not come to, or are stuck on"
+    ] = True
+    patience: Annotated[float, "seconds after which a silent process's block is taken over"] = 120.0
+    time_budget: Annotated[
+        str | None,
+        "end cleanly, with exit status 75 for a requeue, when this time is up: 3h50m; no block is begun that cannot be "
+        "finished",
+    ] = None
+    log_json: Annotated[Path | None, "append progress, stage rates and results to this file, one JSON a line"] = None
+    engine: Annotated[Engine, "local: this process, or those of torchrun; ray: actors on a Ray cluster"] = "local"
+    address: Annotated[
+        str | None, "--engine ray: address of a cluster (auto, ray://HOST:10001); default: one is started here"
+    ] = None
+    actors: Annotated[
+        int | None, "--engine ray: actors that compute; default: one for each GPU of the cluster, else each two cores"
+    ] = None
 
     def __post_init__(self) -> None:
         parse_bytes(self.max_bytes)
+        if self.time_budget is not None:
+            parse_seconds(self.time_budget)
+        if self.log_json is not None and str(self.log_json) == "-":
+            raise ConfigError("--log-json takes the name of a file; - is not one (results of --json go to the output)")
+        if self.patience <= 0:
+            raise ConfigError(f"--patience must be above 0 seconds, got {self.patience:g}")
+        if self.actors is not None and self.actors < 1:
+            raise ConfigError(f"--actors must be at least 1, got {self.actors}")
+        if self.engine != "ray" and (self.address is not None or self.actors is not None):
+            raise ConfigError("--address and --actors are for --engine ray; add that, or leave them out")
+        if self.engine == "ray" and (self.rank is not None or self.memory == "shard"):
+            raise ConfigError("--engine ray divides the work itself; leave out --rank, --world and --memory shard")
         parse_share(self.max_failed)
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"--batch-size must be at least 1, got {self.batch_size}")

@@ -5,7 +5,9 @@ A message says what must hold, what came and what to do. The command line prints
 
 
 class FeatstoreError(Exception):
-    """Root of every error that a caller can react to."""
+    """Root of every error that a caller can react to; `about` names the set of several that it is about."""
+
+    about = ""
 
 
 class ConfigError(FeatstoreError, ValueError):
@@ -58,3 +60,14 @@ class TaskError(FeatstoreError, ValueError):
 
 class LeakError(TaskError):
     """One group (patient) stands in two splits."""
+
+
+class Stopped(FeatstoreError, RuntimeError):
+    """A run was asked to end and did so cleanly; `code` is the exit status that says who asked."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self) -> tuple[type["Stopped"], tuple[str, int]]:
+        return Stopped, (str(self), self.code)

@@ -190,22 +190,31 @@ def own_name() -> str:
 
 def is_dead(name: str) -> bool:
     """Whether `own_name` in this file name belongs to a process of this machine that has ended; False if in doubt."""
+    return _state(name) in ("Z", "X")  # ended, its parent may not have noticed
+
+
+def is_halted(name: str) -> bool:
+    """Whether that process has ended or stands still (SIGSTOP, a debugger); False if in doubt."""
+    return _state(name) in ("Z", "X", "T", "t")
+
+
+def _state(name: str) -> str:
+    """The system's letter for the state of the process in `own_name`; empty where that cannot be known."""
     found = re.search(r"([0-9a-f]{12})-(\d+)-[0-9a-f]{32}", name)
     if not found or found[1] != _processes():
-        return False
+        return ""
     try:
-        state = Path(f"/proc/{found[2]}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{found[2]}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:  # it ended, or it is another user's and hidden from this one
         try:
             os.kill(int(found[2]), 0)  # sends nothing
         except ProcessLookupError:
-            return True
+            return "X"
         except OSError:
-            return False
-        return False
+            return ""
+        return ""
     except OSError:
-        return False
-    return state in "ZX"  # ended, its parent has not noticed
+        return ""
 
 
 def _write_beside(path: Place, data: bytes) -> Place:
@@ -354,18 +363,6 @@ def user_cache() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("featstore"))
-
-
-def scratch_folder() -> Path:
-    """A new local folder for shards on their way to a bucket; those of dead processes go."""
-    home = user_cache() / "writing"
-    home.mkdir(parents=True, exist_ok=True)
-    for left in home.iterdir():
-        if is_dead(left.name):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = home / own_name()
-    folder.mkdir()
-    return folder
 
 
 def commit_mode(place: Place) -> str | None:

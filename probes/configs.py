@@ -107,21 +107,60 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnnConfig:
-    """k nearest neighbours with the DINO vote."""
+    """k nearest neighbours by cosine similarity."""
 
-    k: Annotated[str | None, "neighbour counts to choose from; default: 10,20,100,200 up to the bank's size"] = None
-    temperature: Annotated[float, "sharpness of the vote, > 0"] = 0.07
+    k: Annotated[
+        str | None, "neighbour counts to choose from, all for every row; default: 10,20,100,200 up to the bank's size"
+    ] = None
+    vote: Annotated[
+        Literal["softmax", "majority", "distance", "mlknn"] | None,
+        "softmax(similarity/T) as DINO's, majority, 1/distance, or ML-kNN's posterior; default: softmax",
+    ] = None
+    temperature: Annotated[float | None, "sharpness of the softmax vote, > 0; default: 0.07"] = None
+    protocol: Annotated[
+        Literal["dino", "radiology"] | None, "as published: DINO's vote, or ML-kNN with train + val as the library"
+    ] = None
+    smoothing: Annotated[float | None, "ML-kNN's s, > 0; default: 1"] = None
+    self_neighbour: Annotated[bool, "ML-kNN: count a training row among its own neighbours"] = False
+    standardize: Annotated[bool, "scale features by the training rows' mean and deviation first"] = False
+    select: Annotated[
+        Literal["val", "loo"] | None, "choose k on val (default), or by leaving one patient out of train"
+    ] = None
+    refit: Annotated[bool, "test with train + val as neighbours; k is chosen, and val scored, with train alone"] = False
+    backend: Annotated[Literal["faiss", "torch"] | None, "what searches; default: FAISS where it is installed"] = None
+    device: Annotated[Literal["cpu", "cuda"] | None, "where; default: a GPU if the backend has one"] = None
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if self.temperature is not None and not self.temperature > 0:
             raise ConfigError(f"--temperature must be above 0, got {self.temperature}")
-        if self.k is not None and any(value != int(value) for value in parse_numbers(self.k, "--k")):
-            raise ConfigError(f"--k takes whole numbers, got {self.k!r}")
+        if self.smoothing is not None and not self.smoothing > 0:
+            raise ConfigError(f"--smoothing must be above 0, got {self.smoothing}")
+        fixed = {"dino": "softmax", "radiology": "mlknn"}.get(self.protocol or "")
+        if fixed is not None and self.vote not in (None, fixed):
+            raise ConfigError(f"--protocol {self.protocol} votes by {fixed}; leave out --vote {self.vote}")
+        vote = fixed or self.vote or "softmax"
+        for flag, given, owner in (
+            ("--temperature", self.temperature is not None, "softmax"),
+            ("--smoothing", self.smoothing is not None, "mlknn"),
+            ("--self-neighbour", self.self_neighbour, "mlknn"),
+        ):
+            if given and vote != owner:
+                raise ConfigError(f"{flag} belongs to --vote {owner}, and the vote is {vote}")
+        if vote == "mlknn" and self.select == "loo":
+            raise ConfigError("--select loo is not there for ML-kNN, whose counts need every row; choose k on val")
+        if self.k is not None and not self.counts:
+            raise ConfigError(f"--k takes whole numbers above 0 and all, comma-separated; got {self.k!r}")
 
     @property
-    def counts(self) -> tuple[int, ...] | None:
+    def counts(self) -> tuple[int | str, ...] | None:
         """The counts asked for, or None for the default."""
-        return None if self.k is None else tuple(int(value) for value in parse_numbers(self.k, "--k"))
+        if self.k is None:
+            return None
+        parts = [part for part in _names(self.k) if part != "all"]
+        numbers = parse_numbers(",".join(parts), "--k") if parts else ()
+        if any(value != int(value) for value in numbers):
+            raise ConfigError(f"--k takes whole numbers, got {self.k!r}")
+        return (*(int(value) for value in numbers), *(("all",) if "all" in _names(self.k) else ()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -72,8 +72,13 @@ def eigenbasis(X: Float[np.ndarray, "N D"], workers: Workers, *, standardize: bo
     if num_rows <= width:
         rotation = _span(torch.from_numpy(scaled(X, mean, scale)))
     else:
+
+        def square(rows: slice) -> Tensor:
+            block = part(rows)
+            return block.T @ block
+
         gram = torch.zeros(width, width, dtype=torch.float64)
-        for product in workers.map_blocks(lambda rows: part(rows).T @ part(rows), num_rows, CHUNK):
+        for product in workers.map_blocks(square, num_rows, CHUNK):
             gram += product
         rotation = torch.linalg.eigh(gram / num_rows).eigenvectors.flip(1)
     turn = rotation.to(dtype).contiguous()

@@ -219,7 +219,7 @@ def evaluate_one(
         "compute_dtype": source.spec["identity"].get("compute_dtype"),
         "manifest": source.manifest.digest,
         "groups": "known" if known else "unknown",
-        "task": _task_facts(task, known),
+        "task": task_facts(task, known),
         **({"test": _test_facts(task.target)} if isinstance(task, CrossTask) else {}),
         **({"sensitivity": job.compare(task, fitted, test)} if job.compare is not None else {}),
         "features": job.features,
@@ -227,7 +227,7 @@ def evaluate_one(
         "choices": fitted.choices,
         "metrics": {"val": val, "test": test},
         "num_failed": len(source.failures) + (len(tested.failures) if tested is not source else 0),
-        "num_masked": _masked(task),
+        "num_masked": masked_rows(task),
         "test_opened": opened,
         "test_key": task.test_key,
         "seed": config.seed,
@@ -237,7 +237,7 @@ def evaluate_one(
             "trainable_parameters": fitted.num_parameters,
             "gpu_seconds": 0.0,
         },
-        "deviations": list(task.spec.deviations),
+        "deviations": [*task.spec.deviations, *fitted.choices.get("protocol_deviations", [])],
         "pretraining_overlap": overlap_of_set(
             source.spec["weights"],
             [item.manifest.meta["adapter"] for item in (source, tested)],
@@ -249,7 +249,7 @@ def evaluate_one(
     return load_records_at(save_record(folder, record, predictions))
 
 
-def _task_facts(task: Task, groups_known: bool) -> dict[str, Any]:
+def task_facts(task: Task, groups_known: bool) -> dict[str, Any]:
     """The task as a record states it; `splits` count units, `images` the images behind them."""
     splits = {split: task.units(split) for split in SPLITS}
     patients = {split: _groups(task, split) for split in SPLITS}
@@ -293,6 +293,6 @@ def load_records_at(path: Any) -> dict[str, Any]:
     return {**files.unseal(path.read_bytes(), path), "file": str(path)}
 
 
-def _masked(task: Task) -> dict[str, int]:
+def masked_rows(task: Task) -> dict[str, int]:
     """Label entries that a split leaves out (blank or uncertain under its policy), of what a head sees."""
     return {split: int((~task.samples(split, "train" if split == "train" else "eval").mask).sum()) for split in SPLITS}

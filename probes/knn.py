@@ -1,29 +1,34 @@
-"""k nearest neighbours by cosine similarity with DINO's weighted vote, for classes and for masked labels.
+"""k nearest neighbours by cosine similarity, for classes, masked labels and numbers.
 
-Weights are softmax(similarity / T) over the k_max nearest rows; the vote for a smaller k is the sum over the first k of
-them. One search at k_max serves every k.
+Votes are `softmax` (DINO: softmax(similarity / T) over the k_max nearest rows, cut at k), `majority` and `distance`.
+One search at k_max serves every k.
 Source: Wu et al. 2018 (weighted k-NN); k, T and the order of softmax and cut as in DINO's and DINOv2's evaluation.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
+from sklearn.base import ClassifierMixin, RegressorMixin
+from sklearn.utils.multiclass import check_classification_targets
 
-from featstore.errors import ConfigError, TaskError
-from probes.checks import CHUNK, Kind, check_finite, check_labels, check_width
-from probes.neighbours import SCORE_BYTES, SPARE, Backend, Index, build_index
+from featstore.errors import TaskError
+from probes.bank import NeighbourEstimator, Tile
+from probes.checks import Kind, check_labels
+from probes.neighbours import Backend, Device
+from probes.votes import Vote, class_totals, label_totals
 
-DEFAULT_K = (10, 20, 100, 200)
-# exp of the lowest exponent is above zero in float64, so that every neighbour keeps some weight at any temperature.
-LOWEST_EXPONENT = -700.0
+Scores = dict[int, Float64[np.ndarray, "Q L"]]
+Unlabelled = dict[int, Int[np.ndarray, " L"]]
 
 
-class KNNProbe:
-    """Weighted vote of the nearest training rows, scikit-learn style.
+class KNNProbe(ClassifierMixin, NeighbourEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """Vote of the nearest training rows, as a scikit-learn classifier.
 
-    After `fit`: `ks_` the neighbour counts that are scored, `k_` the one that `predict` uses (the largest until
-    `choose`), `dropped_k_` default counts above the bank, `backend_` what searches ("faiss" or "torch"),
+    After `fit`: `classes_` the classes (0 and 1 for labels), `ks_` the neighbour counts that are scored, `k_` the one
+    that `predict` uses (the largest until `choose`), `dropped_k_` default counts above the bank, `backend_` what
+    searches ("faiss", "faiss-gpu", "torch" or "torch-cuda"), `bank_rows_` the rows of X that are neighbours,
     `prevalence_` (L,) of the labels among their labelled rows (0.5 where a label has none).
 
     After `scores` on labels: `unlabelled_`, for each k the number of queries per label that had no labelled neighbour
@@ -31,241 +36,219 @@ class KNNProbe:
     """
 
     def __init__(
-        self, *, k: int | Sequence[int] | None = None, temperature: float = 0.07, backend: Backend = "auto"
-    ) -> None:
-        """k: neighbour counts; None for 10, 20, 100 and 200 up to the bank's size. temperature: > 0.
-
-        Raises:
-            ConfigError: counts below one or twice the same, or a temperature that is not positive.
-        """
-        self.k, self.temperature, self.backend = k, temperature, backend
-        counts = [k] if isinstance(k, int) else list(DEFAULT_K if k is None else k)
-        if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
-            raise ConfigError(f"k must be different counts of at least 1, got {k}")
-        if not temperature > 0:
-            raise ConfigError(f"temperature must be above 0, got {temperature}")
-        self._counts = tuple(sorted(counts))
-
-    def fit(
         self,
-        X: Float[np.ndarray, "N D"],
-        y: np.ndarray,
-        mask: Bool[np.ndarray, "..."] | None = None,
         *,
-        num_classes: int | None = None,
-    ) -> "KNNProbe":
-        """Take the rows as the bank: `y` (N,) class numbers, or (N, L) of 0/1 where `mask` (N, L) is true.
+        k: int | str | Sequence[int | str] | None = None,
+        vote: Vote = "softmax",
+        temperature: float = 0.07,
+        renormalize: bool = True,
+        standardize: bool = False,
+        backend: Backend = "auto",
+        device: Device = "auto",
+    ) -> None:
+        """k: neighbour counts, "all" for the whole bank; None for 10, 20, 100 and 200 up to the bank's size.
+        temperature: > 0, of the softmax vote. renormalize: divide by the weights of the neighbours that count; without
+        it scores are the published sums, where the first k hold a part of the softmax over k_max.
+        """
+        super().__init__(
+            k=k, vote=vote, temperature=temperature, standardize=standardize, backend=backend, device=device
+        )
+        self.renormalize = renormalize
 
-        Rows without any valid label are left out and may hold NaN.
+    def fit(self, X: Any, y: Any, mask: Any = None, *, num_classes: int | None = None) -> "KNNProbe":
+        """Take the rows as the bank: `y` (N,) classes, or (N, L) of 0/1 where `mask` (N, L) is true.
+
+        Classes are any labels; with `num_classes` they are numbers below it, also those that no row has. Rows without
+        any valid label are left out and may hold NaN.
 
         Raises:
             TaskError: arrays that do not fit together, features that are not finite or all zero, no labelled row.
-            ConfigError: a k asked for by name above the bank's size, or a backend that is not there.
+            ConfigError: options that cannot be used, a k asked for by name above the bank's size, or a backend that is
+                not there.
         """
-        kind: Kind = "multiclass" if y.ndim == 1 else "multilabel"
-        mask = check_labels(X, y, mask, kind, num_classes)
+        X = self._features(X, reset=True)
+        if y is None:
+            raise TaskError("requires y to be passed, but the target y is None; give a class or labels for every row")
+        y = np.asarray(y)
+        kind: Kind = "multilabel" if y.ndim == 2 else "multiclass"
+        mask = None if mask is None else np.asarray(mask, dtype=bool)
+        mask = check_labels(X, y, mask, kind, num_classes) if kind == "multilabel" or num_classes else _any(X, y, mask)
         used = mask if kind == "multiclass" else mask.any(1)
-        if not used.any():
-            raise TaskError(
-                f"no labelled row to take as neighbours among {len(X)}; check the masks and the training split"
-            )
-        if not used.all():
-            X, y, mask = X[used], y[used], mask[used]
-        self._set_counts(len(X))
-        self.width_, self.kind_ = X.shape[1], kind
-        self._index, self.backend_ = build_index(unit_rows(X), self.backend)
+        self.kind_ = kind
+        self._build(X, used)
         if kind == "multiclass":
-            self.num_classes_ = num_classes or max(2, int(y.max()) + 1)
-            self.prevalence_ = np.bincount(y, minlength=self.num_classes_) / len(y)
-            self._votes = y.astype(np.int64)
+            if num_classes is None:
+                check_classification_targets(y[used])
+                self.classes_, numbers = np.unique(y[used], return_inverse=True)
+            else:
+                self.classes_, numbers = np.arange(num_classes), y[used].astype(np.int64)
+            self.prevalence_ = np.bincount(numbers, minlength=len(self.classes_)) / len(numbers)
+            self._votes = numbers
         else:
-            positive, labelled = ((y == 1) & mask).sum(0), mask.sum(0)
+            y, mask = y[used] == 1, mask[used]
+            positive, labelled = (y & mask).sum(0), mask.sum(0)
+            self.classes_ = np.array([0, 1])
             self.prevalence_ = np.where(labelled > 0, positive / np.maximum(labelled, 1), 0.5)
-            self._votes = np.hstack([(y == 1) & mask, mask]).astype(np.float64)  # (N, 2 L)
+            self._votes = np.hstack([y & mask, mask]).astype(np.float64)  # (N, 2 L)
         return self
 
-    def _set_counts(self, num_rows: int) -> None:
-        """Counts that the bank can answer; the whole bank where every default is larger."""
-        above = tuple(count for count in self._counts if count > num_rows)
-        if above and self.k is not None:
-            raise ConfigError(f"k={above[-1]} neighbours asked of a bank with {num_rows} rows; lower k or extract more")
-        self.dropped_k_ = above
-        self.ks_ = tuple(count for count in self._counts if count <= num_rows) or (num_rows,)
-        self.k_ = self.ks_[-1]
+    def scores(self, X: Any) -> Scores:
+        """Votes (Q, L) for every k, from one search.
 
-    def choose(self, k: int) -> "KNNProbe":
-        """Let `predict` and `predict_proba` use this k.
+        Classes: share of the weight of the first k neighbours. Labels: the weighted share of positives among those of
+        them that are labelled for it; the prevalence where none is. Without `renormalize`: the sums themselves.
 
         Raises:
-            ConfigError: a k that is not scored.
+            TaskError: not fitted, another width than in `fit`, or features that are not finite or all zero.
         """
-        if k not in self._fitted().ks_:
-            raise ConfigError(f"k={k} is not among the fitted {', '.join(map(str, self.ks_))}; pass it as k before fit")
-        self.k_ = k
-        return self
+        scores, self.unlabelled_ = self._scored(X)
+        return scores
 
-    def scores(self, X: Float[np.ndarray, "Q D"]) -> dict[int, Float[np.ndarray, "Q L"]]:
-        """Votes for every k, from one search.
+    def leave_one_out(self, groups: np.ndarray | None = None) -> Scores:
+        """Votes for the bank's own rows (`bank_rows_`), each by the others, or by those outside its group.
 
-        Classes: sums of weights, each row's total at most 1 (1 at the largest k). Labels: the weighted share of
-        positives among the first k neighbours that are labelled for it; the prevalence where none is.
+        Neither the row itself nor, with `groups` (one per row of the bank, such as patients), any row of its group is
+        its neighbour; an equal row of another group is. k: those of `ks_` that every row can answer.
 
         Raises:
-            TaskError: another width than in `fit`, or features that are not finite or all zero.
+            ConfigError: a k asked for by name is more than that.
         """
-        check_width(X, self._fitted().width_)
-        queries = unit_rows(X)
-        result = {k: np.zeros((len(X), len(self.prevalence_))) for k in self.ks_}
-        self.unlabelled_ = {k: np.zeros(len(self.prevalence_), np.int64) for k in self.ks_}
-        vote = self._class_votes if self.kind_ == "multiclass" else self._label_votes
-        tile = self._tile()
-        for start in range(0, len(X), tile):
-            similarity, rows = ranked(self._index, queries[start : start + tile], self.ks_[-1])
-            exponent = (similarity.astype(np.float64) - similarity[:, :1]) / self.temperature
-            weights = np.exp(np.maximum(exponent, LOWEST_EXPONENT))
-            weights /= weights.sum(1, keepdims=True)
-            for k, votes in zip(self.ks_, vote(weights, rows)):
-                result[k][start : start + tile] = votes
-        return result
+        ks = self._counts_within(groups)
+        scores, self.unlabelled_ = self._counted(
+            self._tiles_within(groups, ks, *self._sizes()), len(self.bank_rows_), ks
+        )
+        return scores
 
-    def predict_proba(self, X: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q L"]:
+    def predict_proba(self, X: Any) -> Float64[np.ndarray, "Q L"]:
         """Scores at `k_`; those of classes divided by their sum. Errors as in `scores`."""
-        scores = self.scores(X)[self.k_]
+        scores = self._scored(X)[0][self.k_]
         return scores / scores.sum(1, keepdims=True) if self.kind_ == "multiclass" else scores
 
-    def predict(self, X: Float[np.ndarray, "Q D"]) -> Int[np.ndarray, "Q ..."]:
+    def predict(self, X: Any) -> np.ndarray:
         """Class with the largest score (Q,), or labels with a score of at least one half (Q, L), at `k_`."""
-        scores = self.scores(X)[self.k_]
-        return scores.argmax(1) if self.kind_ == "multiclass" else (scores >= 0.5).astype(np.int64)
+        scores = self._scored(X)[0][self.k_]
+        if self.kind_ == "multiclass":
+            return np.asarray(self.classes_[scores.argmax(1)])
+        return (scores >= 0.5).astype(np.int64)
 
-    def _class_votes(
-        self, weights: Float[np.ndarray, "B k"], rows: Int[np.ndarray, "B k"]
-    ) -> Iterator[Float[np.ndarray, "B C"]]:
-        """Totals per class after each k: the rows between two counts are added to one accumulator."""
-        num_queries, num_classes = len(rows), self.num_classes_
-        cell = self._votes[rows] + np.arange(num_queries)[:, None] * num_classes
-        total = np.zeros(num_queries * num_classes)
-        start = 0
-        for k in self.ks_:
-            new = slice(start, k)
-            total += np.bincount(cell[:, new].ravel(), weights[:, new].ravel(), minlength=len(total))
-            start = k
-            yield total.reshape(num_queries, num_classes)
+    def _sizes(self) -> tuple[int, int]:
+        """Numbers that a vote holds for each neighbour, and for each query."""
+        return (self._votes.shape[1] if self.kind_ == "multilabel" else 3), len(self.prevalence_)
 
-    def _label_votes(
-        self, weights: Float[np.ndarray, "B k"], rows: Int[np.ndarray, "B k"]
-    ) -> Iterator[Float[np.ndarray, "B L"]]:
-        """Weight of positives over weight of labelled neighbours after each k."""
-        votes = self._votes[rows]  # (B, k, 2 L)
-        num_labels = len(self.prevalence_)
-        total = np.zeros((len(rows), 2 * num_labels))
-        start = 0
-        for k in self.ks_:
-            total += (weights[:, None, start:k] @ votes[:, start:k])[:, 0]
-            start = k
-            positive, labelled = total[:, :num_labels], total[:, num_labels:]
-            none = labelled == 0
-            self.unlabelled_[k] += none.sum(0)
-            yield np.where(none, self.prevalence_, self._bounded(positive / np.where(none, 1, labelled)))
+    def _scored(self, X: Any) -> tuple[Scores, Unlabelled]:
+        self._check_fitted()
+        X = self._features(X, reset=False)
+        return self._counted(self._tiles(X, *self._sizes()), len(X), self.ks_)
 
-    def _bounded(self, share: Float[np.ndarray, "B L"]) -> Float[np.ndarray, "B L"]:
+    def _counted(self, tiles: Iterable[Tile], num_queries: int, ks: Sequence[int]) -> tuple[Scores, Unlabelled]:
+        result = {k: np.zeros((num_queries, len(self.prevalence_))) for k in ks}
+        unlabelled = {k: np.zeros(len(self.prevalence_), np.int64) for k in ks}
+        for place, rows, weights in tiles:
+            if self.kind_ == "multiclass":
+                totals = class_totals(self._votes[rows], weights, len(self.classes_), ks)
+                for k, total in zip(ks, totals):
+                    result[k][place] = total / weights[:, :k].sum(1, keepdims=True) if self.renormalize else total
+            else:
+                for k, total in zip(ks, label_totals(self._votes, rows, weights, ks)):
+                    positive, labelled = np.split(total, 2, axis=1)
+                    unlabelled[k] += (labelled == 0).sum(0)
+                    result[k][place] = self._label_scores(positive, labelled)
+        return result, unlabelled
+
+    def _label_scores(
+        self, positive: Float64[np.ndarray, "B L"], labelled: Float64[np.ndarray, "B L"]
+    ) -> Float64[np.ndarray, "B L"]:
+        none = labelled == 0
+        if not self.renormalize:
+            return positive
         # Sums of the same weights in another order can exceed each other by rounding.
-        return np.asarray(np.minimum(share, 1))
+        share = np.minimum(positive / np.where(none, 1, labelled), 1)
+        return np.where(none, self.prevalence_, share)
 
-    def _tile(self) -> int:
-        """Queries at a time, so that similarities and votes stay within SCORE_BYTES."""
-        per_query = self.ks_[-1] * (self._votes.shape[1] if self.kind_ == "multilabel" else 3) + len(self.prevalence_)
-        per_query = max(per_query, len(self._index.bank) if self.backend_ == "torch" else 0)
-        return min(max(SCORE_BYTES // (8 * per_query), 16), 4096)
-
-    def _fitted(self) -> "KNNProbe":
-        if not hasattr(self, "ks_"):
-            raise TaskError("this probe is not fitted yet; call fit first")
-        return self
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        tags.target_tags.multi_output = True
+        return tags
 
 
-class KNNRegressor(KNNProbe):
-    """Similarity-weighted mean of the targets of the nearest training rows that are labelled for them.
+class KNNRegressor(RegressorMixin, NeighbourEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """Weighted mean of the targets of the nearest training rows that are labelled for them.
 
-    `prevalence_` holds the targets' means, which stand in where no neighbour is labelled; weights as in `KNNProbe`.
+    Weights and attributes as in `KNNProbe`; `prevalence_` holds the targets' means, which stand in where no neighbour
+    is labelled.
     """
 
-    def fit(
-        self,
-        X: Float[np.ndarray, "N D"],
-        y: np.ndarray,
-        mask: Bool[np.ndarray, "..."] | None = None,
-        *,
-        num_classes: int | None = None,
-    ) -> "KNNRegressor":
-        """Take the rows as the bank: `y` (N, T) numbers where `mask` (N, T) is true; `num_classes` stays None.
+    def fit(self, X: Any, y: Any, mask: Any = None) -> "KNNRegressor":
+        """Take the rows as the bank: `y` (N, T) numbers where `mask` (N, T) is true, or (N,) numbers.
 
         Raises:
             TaskError: arrays that do not fit together, values that are not finite, no labelled row.
-            ConfigError: a k asked for by name above the bank's size, or a backend that is not there.
+            ConfigError: options that cannot be used, a k asked for by name above the bank's size, or a backend that is
+                not there.
         """
-        mask = np.ones(y.shape, dtype=bool) if mask is None else mask
-        if num_classes is not None or y.ndim != 2 or y.shape != mask.shape or len(y) != len(X):
-            raise TaskError(f"targets and mask of {len(X)} rows are (N, T); got {y.shape} and {mask.shape}")
+        X = self._features(X, reset=True)
+        if y is None:
+            raise TaskError("requires y to be passed, but the target y is None; give numbers for every row")
+        y = np.asarray(y, dtype=np.float64)
+        mask = np.ones(y.shape, dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+        if y.ndim not in (1, 2) or y.shape != mask.shape or len(y) != len(X):
+            raise TaskError(f"targets and mask of {len(X)} rows are (N, T) or (N,); got {y.shape} and {mask.shape}")
         if not np.isfinite(y[mask]).all():
-            raise TaskError("targets must be finite numbers; mask other rows out")
+            raise TaskError("targets must be finite numbers, not NaN or infinity; mask other rows out")
+        self._flat = y.ndim == 1
+        y, mask = y.reshape(len(X), -1), mask.reshape(len(X), -1)
         used = mask.any(1)
-        # The bank, its counts and its index are those of labels; the votes are replaced.
-        super().fit(X, mask.astype(np.int8), mask)
-        numbers = np.where(mask, y, 0).astype(np.float64)[used]
-        known = mask[used]
+        self._build(X, used)
+        numbers, known = np.where(mask, y, 0)[used], mask[used]
         self.prevalence_ = numbers.sum(0) / np.maximum(known.sum(0), 1)
-        self._votes = np.hstack([numbers, known])
+        self._votes = np.hstack([numbers, known]).astype(np.float64)
         return self
 
-    def predict(self, X: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q T"]:
-        """Weighted means at `k_`; errors as in `scores`."""
-        return self.scores(X)[self.k_]
+    def scores(self, X: Any) -> Scores:
+        """Weighted means (Q, T) for every k, from one search; errors as in `KNNProbe.scores`."""
+        scores, self.unlabelled_ = self._scored(X)
+        return scores
 
-    def _bounded(self, share: Float[np.ndarray, "B L"]) -> Float[np.ndarray, "B L"]:
-        return share
+    def leave_one_out(self, groups: np.ndarray | None = None) -> Scores:
+        """Means for the bank's own rows, each of the others; see `KNNProbe.leave_one_out`."""
+        ks = self._counts_within(groups)
+        scores, self.unlabelled_ = self._averaged(
+            self._tiles_within(groups, ks, *self._sizes()), len(self.bank_rows_), ks
+        )
+        return scores
+
+    def predict(self, X: Any) -> Float64[np.ndarray, "Q ..."]:
+        """Weighted means at `k_`, (Q, T), or (Q,) if the targets were; errors as in `scores`."""
+        scores = self._scored(X)[0][self.k_]
+        return scores[:, 0] if self._flat else scores
+
+    def _sizes(self) -> tuple[int, int]:
+        return self._votes.shape[1], len(self.prevalence_)
+
+    def _scored(self, X: Any) -> tuple[Scores, Unlabelled]:
+        self._check_fitted()
+        X = self._features(X, reset=False)
+        return self._averaged(self._tiles(X, *self._sizes()), len(X), self.ks_)
+
+    def _averaged(self, tiles: Iterable[Tile], num_queries: int, ks: Sequence[int]) -> tuple[Scores, Unlabelled]:
+        result = {k: np.zeros((num_queries, len(self.prevalence_))) for k in ks}
+        unlabelled = {k: np.zeros(len(self.prevalence_), np.int64) for k in ks}
+        for place, rows, weights in tiles:
+            for k, total in zip(ks, label_totals(self._votes, rows, weights, ks)):
+                number, known = np.split(total, 2, axis=1)
+                none = known == 0
+                unlabelled[k] += none.sum(0)
+                result[k][place] = np.where(none, self.prevalence_, number / np.where(none, 1, known))
+        return result, unlabelled
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
 
 
-def unit_rows(X: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
-    """Rows divided by their L2 norm, float32.
-
-    Raises:
-        TaskError: a row is not finite, or zero.
-    """
-    result = np.empty(X.shape, np.float32)
-    for start in range(0, len(X), CHUNK):
-        part = X[start : start + CHUNK].astype(np.float64)
-        square = np.einsum("ij,ij->i", part, part)
-        odd = np.flatnonzero(~((square > 1e-200) & (square < 1e200)))
-        if len(odd):
-            check_finite(X)
-            largest = np.abs(part[odd]).max(1, initial=0)
-            if not largest.all():
-                row = start + int(odd[largest.argmin()])
-                raise TaskError(
-                    f"row {row} of the features is zero and has no direction; leave failed rows out with the mask"
-                )
-            part[odd] /= largest[:, None]  # squares had left the range of float64
-            square[odd] = np.square(part[odd]).sum(1)
-        np.multiply(part, (1 / np.sqrt(square))[:, None], out=result[start : start + CHUNK], casting="same_kind")
-    return result
-
-
-def ranked(
-    index: Index, queries: Float[np.ndarray, "Q D"], k: int
-) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-    """(similarity, row) of the k nearest rows in descending order; equal similarities in order of the row."""
-    num_rows = len(index.bank)
-    asked = min(k + SPARE, num_rows)
-    similarity, rows = index.nearest(queries, asked)
-    # Both backends answer in descending order; only rows with equal neighbours have to be put in order.
-    tied = np.flatnonzero((similarity[:, 1:] == similarity[:, :-1]).any(1))
-    order = np.lexsort((rows[tied], -similarity[tied]))
-    rows[tied] = np.take_along_axis(rows[tied], order, 1)
-    if asked < num_rows:
-        # Which of more than SPARE equal rows came back is chance: rank the whole bank for these queries.
-        for query in np.flatnonzero(similarity[:, k - 1] == similarity[:, -1]):
-            every = index.bank @ queries[query]
-            best = np.argsort(-every, kind="stable")[:k]
-            similarity[query, :k], rows[query, :k] = every[best], best
-    return similarity[:, :k], rows[:, :k]
+def _any(X: Float[np.ndarray, "N D"], y: np.ndarray, mask: np.ndarray | None) -> Bool[np.ndarray, " N"]:
+    """The mask of classes of any type, once rows, classes and mask fit together."""
+    numbers: Int[np.ndarray, " N"] = np.zeros(y.shape, np.int64)
+    return check_labels(X, numbers, mask, "multiclass")

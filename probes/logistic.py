@@ -16,10 +16,9 @@ from jaxtyping import Bool, Float, Integer
 
 from featstore.errors import ConfigError, TaskError
 from probes.checks import CHUNK, Kind, check_finite, check_kind, check_labels, check_width
-from probes.eigenbasis import Eigenbasis, eigenbasis, scaled
-from probes.objectives import BinaryProblems, Rows, SoftmaxProblems
-from probes.solver import minimise
-from probes.workers import worker_threads
+from probes.eigenbasis import scaled
+from probes.solver import Fitted, solve_binary, solve_softmax
+from probes.workers import Workers, worker_threads
 
 # The grid of DINOv2's and DINOv3's logistic regression evaluation.
 DEFAULT_C = tuple(float(value) for value in 10 ** np.linspace(-6, 5, 45))
@@ -89,20 +88,18 @@ class LogisticProbe:
         self.num_classes_ = (num_classes or max(2, int(y.max()) + 1)) if kind == "multiclass" else 2
         binary = kind == "multilabel" or self.num_classes_ == 2
         with worker_threads() as workers:
-            basis = eigenbasis(X, workers, standardize=self.standardize)
-            rows = Rows(basis.design, workers)
             if binary:
                 self._fit_binary(
-                    basis, rows, y if y.ndim == 2 else y[:, None], mask if mask.ndim == 2 else mask[:, None]
+                    X, workers, y if y.ndim == 2 else y[:, None], mask if mask.ndim == 2 else mask[:, None]
                 )
             else:
-                self._fit_softmax(basis, rows, y)
+                self._fit_softmax(X, workers, y)
         return self
 
     def _fit_binary(
         self,
-        basis: Eigenbasis,
-        rows: Rows,
+        X: Float[np.ndarray, "N D"],
+        workers: Workers,
         y: Integer[np.ndarray, "N L"] | Bool[np.ndarray, "N L"],
         mask: Bool[np.ndarray, "N L"],
     ) -> None:
@@ -113,56 +110,54 @@ class LogisticProbe:
             weights *= np.where(positive, *(counts.sum(0) / (2.0 * np.maximum(counts, 1)))[::-1, :, None])
         self.one_class_ = counts.min(0) == 0
         kept = np.flatnonzero(~self.one_class_)
-        num_C, num_labels, width = len(self.C_), len(positive), rows.width
-        W = np.zeros((num_C, num_labels, 1, width))
-        W[:, :, 0, -1] = np.log((counts[1] + 0.5) / (counts[0] + 0.5))
-        objective, converged = np.full((num_C, num_labels), np.nan), np.zeros((num_C, num_labels), dtype=bool)
-        if len(kept):
-            y64, weights64 = (torch.from_numpy(part[kept].astype(np.float64)) for part in (positive, weights))
-            problems = BinaryProblems(rows, y64, weights64, torch.from_numpy(self.C_))
-            start = torch.zeros(len(kept), num_C, 1, width, dtype=torch.float64)
-            start[..., -1] = torch.log((weights64 * y64).sum(1) / (weights64 * (1 - y64)).sum(1))[:, None, None]
-            solved = minimise(problems, start.view(-1, 1, width))
-            W[:, kept], objective[:, kept], converged[:, kept] = solved.W, solved.objective, solved.converged
-        self._keep(basis, W[:, :, 0].transpose(0, 2, 1), objective, converged, self.one_class_)
+        found = solve_binary(
+            X,
+            torch.from_numpy(positive[kept].astype(np.float64)),
+            torch.from_numpy(weights[kept]),
+            torch.from_numpy(self.C_),
+            workers,
+            standardize=self.standardize,
+        )
+        constant = np.log((counts[1] + 0.5) / (counts[0] + 0.5))
+        self._keep(found, kept, constant)
+        self.objective_, self.converged_ = (
+            np.full((len(self.C_), len(positive)), np.nan),
+            np.zeros((len(self.C_), len(positive)), dtype=bool),
+        )
+        self.objective_[:, kept], self.converged_[:, kept] = found.objective, found.converged
+        self._name(self.one_class_)
 
-    def _fit_softmax(self, basis: Eigenbasis, rows: Rows, y: Integer[np.ndarray, " N"]) -> None:
+    def _fit_softmax(self, X: Float[np.ndarray, "N D"], workers: Workers, y: Integer[np.ndarray, " N"]) -> None:
         counts = np.bincount(y, minlength=self.num_classes_)
         self.one_class_ = counts == 0
         kept = np.flatnonzero(counts)
-        num_C, width = len(self.C_), rows.width
-        W = np.zeros((num_C, self.num_classes_, width))
-        W[:, self.one_class_, -1] = -1e4
-        objective, converged = np.full((num_C, 1), np.nan), np.zeros((num_C, 1), dtype=bool)
-        if len(kept) > 1:
-            weights = np.ones(len(y))
-            if self.class_weight == "balanced":
-                weights = (len(y) / (len(kept) * np.maximum(counts, 1.0)))[y]
-            classes = torch.from_numpy(np.searchsorted(kept, y))
-            problems = SoftmaxProblems(rows, classes, torch.from_numpy(weights), torch.from_numpy(self.C_), len(kept))
-            start = torch.zeros(num_C, len(kept), width, dtype=torch.float64)
-            prior = torch.from_numpy(np.log(np.bincount(y, weights)[kept]))
-            start[:, :, -1] = prior - prior.mean()
-            solved = minimise(problems, start)
-            W[:, kept], objective, converged = solved.W[:, 0], solved.objective, solved.converged
-        self._keep(basis, W.transpose(0, 2, 1), objective, converged, np.array([len(kept) == 1]))
+        weights = np.ones(len(y))
+        if self.class_weight == "balanced":
+            weights = (len(y) / (len(kept) * np.maximum(counts, 1.0)))[y]
+        found = solve_softmax(
+            X,
+            torch.from_numpy(np.searchsorted(kept, y)),
+            torch.from_numpy(weights),
+            torch.from_numpy(self.C_),
+            workers,
+            standardize=self.standardize,
+        )
+        self._keep(found, kept, np.full(self.num_classes_, -1e4))
+        self.objective_, self.converged_ = found.objective, found.converged
+        self._name(np.array([len(kept) == 1]))
 
-    def _keep(
-        self,
-        basis: Eigenbasis,
-        W: Float[np.ndarray, "C d L"],
-        objective: Float[np.ndarray, "C F"],
-        converged: Bool[np.ndarray, "C F"],
-        one_class: Bool[np.ndarray, " F"],
-    ) -> None:
-        """Turn the weights back to feature columns and set what `fit` learned."""
-        self.coef_ = basis.rotation @ W[:, :-1]
-        self._centre, self._centred_intercept = basis.mean, W[:, -1]
-        self.scale_ = basis.scale
-        self.mean_ = basis.mean if self.standardize else np.zeros_like(basis.mean)
-        self.intercept_ = W[:, -1] - (0.0 if self.standardize else basis.mean @ self.coef_)
-        self.objective_, self.converged_ = objective, converged
-        self.status_ = np.where(one_class, "one class", np.where(converged, "converged", "iteration limit"))
+    def _keep(self, found: Fitted, kept: Integer[np.ndarray, " k"], constant: Float[np.ndarray, " L"]) -> None:
+        """Set weights and intercepts; columns that were not fitted have weights 0 and a constant."""
+        num_C, num_columns, width = len(self.C_), len(constant), len(found.mean)
+        self.coef_ = np.zeros((num_C, width, num_columns))
+        self._centre, self._centred_intercept = found.mean, np.tile(constant, (num_C, 1))
+        self.coef_[:, :, kept], self._centred_intercept[:, kept] = found.coef, found.intercept
+        self.scale_ = found.scale
+        self.mean_ = found.mean if self.standardize else np.zeros_like(found.mean)
+        self.intercept_ = self._centred_intercept - (0.0 if self.standardize else found.mean @ self.coef_)
+
+    def _name(self, one_class: Bool[np.ndarray, " F"]) -> None:
+        self.status_ = np.where(one_class, "one class", np.where(self.converged_, "converged", "iteration limit"))
 
     def decision(self, X: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "C N L"]:
         """Logits at every C, (num_C, N, L); float64 for float64 features, else float32.

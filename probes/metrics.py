@@ -1,7 +1,7 @@
 """Discrimination and decision metrics, per label and macro, with masks. Ties count exactly one half.
 
-Values equal scikit-learn's `roc_auc_score`, `average_precision_score`, `accuracy_score` and
-`balanced_accuracy_score`; labels with a single class have no AUROC and are counted rather than guessed.
+Values equal scikit-learn's `roc_auc_score`, `average_precision_score`, `accuracy_score`, `balanced_accuracy_score`,
+`f1_score` and `recall_score`; labels with a single class have no AUROC and are counted rather than guessed.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,22 @@ from featstore.errors import TaskError
 from probes.checks import Kind, check_kind
 from probes.ranking import Binary, Ranking
 
-MetricName = Literal["auroc", "auprc", "accuracy", "balanced_accuracy"]
-METRICS: tuple[MetricName, ...] = ("auroc", "auprc", "accuracy", "balanced_accuracy")
+MetricName = Literal["auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity"]
+METRICS: tuple[MetricName, ...] = (
+    "auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity",
+)  # fmt: skip
 
 
 class Scores(TypedDict):
-    """The four metrics; NaN where one is not defined."""
+    """The metrics; NaN where one is not defined."""
 
     auroc: float
     auprc: float
     accuracy: float
     balanced_accuracy: float
+    f1: float
+    sensitivity: float
+    specificity: float
 
 
 class LabelScores(Scores):
@@ -164,7 +169,7 @@ def evaluate(
     labels: Sequence[str] | None = None,
     threshold: float | Float[np.ndarray, " C"] = 0.5,
 ) -> Metrics:
-    """AUROC, average precision, accuracy and balanced accuracy, per label and macro.
+    """All of `METRICS`, per label and macro.
 
     multilabel: `y` (N, L) of 0/1, `mask` (N, L); a label is decided positive where its score is at or above
     `threshold` (0.5 suits probabilities, 0 suits logits). multiclass: `y` (N,) class numbers, `mask` (N,); the class
@@ -173,7 +178,7 @@ def evaluate(
 
     Macro values are means over the labels with both classes; labels with fewer are NaN where a metric needs both, and
     counted in `skipped`. Of a categorical label the macro accuracy is the share of right rows, the balanced accuracy
-    the mean recall of the classes that occur.
+    the mean recall of the classes that occur; F1, sensitivity and specificity of two classes are those of class 1.
 
     Raises:
         TaskError: shapes, labels or scores that do not fit together. ConfigError: an unknown kind.
@@ -181,9 +186,7 @@ def evaluate(
     decisions = decide(y, scores, mask, kind=kind, labels=labels, threshold=threshold)
     per_label = [_label_scores(decisions, column) for column in range(len(decisions.labels))]
     defined = [entry for entry in per_label if 0 < entry["positives"] < entry["n"]]
-    macro = Scores(auroc=0, auprc=0, accuracy=0, balanced_accuracy=0)
-    for name in METRICS:
-        macro[name] = _mean([entry[name] for entry in defined])
+    macro: Scores = {name: _mean([entry[name] for entry in defined]) for name in METRICS}  # type: ignore[assignment]
     if decisions.argmax:
         macro["accuracy"], macro["balanced_accuracy"] = _categorical(decisions)
     return Metrics(
@@ -195,6 +198,8 @@ def _label_scores(decisions: Decisions, column: int) -> LabelScores:
     rows = decisions.valid[:, column]
     y, decided, scores = decisions.y[rows, column], decisions.decided[rows, column], decisions.scores[rows, column]
     one_class = y.all() or not y.any()
+    nan = float("nan")
+    sensitivity, specificity = (nan, nan) if one_class else (_mean(decided[y]), _mean(~decided[~y]))
     return LabelScores(
         label=decisions.labels[column],
         n=len(y),
@@ -202,7 +207,10 @@ def _label_scores(decisions: Decisions, column: int) -> LabelScores:
         auroc=auroc(y, scores),
         auprc=average_precision(y, scores),
         accuracy=_mean(y == decided),
-        balanced_accuracy=float("nan") if one_class else (_mean(decided[y]) + _mean(~decided[~y])) / 2,
+        balanced_accuracy=(sensitivity + specificity) / 2,
+        f1=nan if one_class else 2 * int((y & decided).sum()) / (int(y.sum()) + int(decided.sum())),
+        sensitivity=sensitivity,
+        specificity=specificity,
     )
 
 

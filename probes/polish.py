@@ -110,7 +110,7 @@ def _solve_wave(
 
 
 def certify(objective: Objective, W: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss (P,), whether the gap to the optimum is below CERTIFIED of it) at W (P, K, d), float64.
+    """(loss (P,), whether the gap to the optimum is below CERTIFIED of it) at W (P, K, d), in W's precision.
 
     Predicted with the Hessian at this very point, or its diagonal where Hessians are not cheap. A preconditioner from
     elsewhere, or a mean over rows, can overrate the curvature and so hide a gap: a single outlier that has become

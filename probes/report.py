@@ -43,10 +43,15 @@ def protocol_key(record: dict[str, Any]) -> tuple[Any, ...]:
         record["task"]["unit"],
         record["task"].get("pool"),
         # An option that was not given stands for its default, also in records from before there was one.
-        tuple(sorted(((key, value) for key, value in record["config"]["head"].items() if value is not None), key=str)),
+        tuple(sorted((item for item in record["config"]["head"].items() if _counts(*item)), key=str)),
         evaluation["resamples"],
         evaluation["seed"],
     )
+
+
+def _counts(option: str, value: Any) -> bool:
+    """Whether an option of a head can change its numbers, and was given."""
+    return value is not None and option not in ("backend", "device")
 
 
 def with_interval(value: Any, interval: dict[str, Any] | None) -> str:
@@ -100,7 +105,8 @@ def title_of(record: dict[str, Any]) -> str:
     if unit != "image":
         what += f", {'features averaged' if task['pool'] == 'features' else task['pool'] + ' of scores'}"
     dataset = record["dataset"] + (f" -> {record['test']['dataset']}" if "test" in record else "")
-    title = f"{dataset} · probes {record['probe']} · {task_name(task)} · {what}: {counts}"
+    vote = f" ({record['choices']['vote']})" if "vote" in record["choices"] else ""
+    title = f"{dataset} · probes {record['probe']}{vote} · {task_name(task)} · {what}: {counts}"
     return title + (f" · {record['preprocess']['geometry']}" if record["preprocess"] else "")
 
 
@@ -213,11 +219,11 @@ def notes_of(records: list[dict[str, Any]]) -> list[str]:
 def tables(records: list[dict[str, Any]]) -> list[tuple[Table, Table, list[str]]]:
     """(macro table, labels of its best record, notes) for every group of comparable records.
 
-    Records of a comparison of training policies have tables of their own (`sensitivity_tables`).
+    Records of a comparison of training policies, and curves over shots, have tables of their own.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
-        if "sensitivity" not in record:
+        if "sensitivity" not in record and "curve" not in record:
             groups.setdefault(protocol_key(record), []).append(record)
     for key, group in groups.items():  # the same set and features evaluated again: the latest stands for all
         groups[key] = list({(record["fingerprint"], record["features"]): record for record in group}.values())
@@ -235,3 +241,8 @@ def print_tables(records: list[dict[str, Any]], show: Callable[..., None]) -> No
         show(*table, right=("train",))
         for note in notes:
             print(f"  {note}")
+    curves = [record for record in records if "curve" in record]
+    if curves:
+        from probes.curves import print_curves  # which takes titles from here
+
+        print_curves(curves, show)

@@ -9,44 +9,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer, UInt8
+from jaxtyping import Bool, Float, Integer
 
 from featstore.errors import ConfigError, TaskError
 from probes.checks import Kind
-from probes.metrics import METRICS, Decisions, decide
-from probes.ranking import Ranking
+from probes.draws import Draws, draw_counts
+from probes.metrics import METRICS, Decisions, MetricName, decide
+from probes.ranking import Ranking, area_under_pr, area_under_roc, fits_lanes, pack, resample_steps
 
-# Resamples per pass: 8 running sums over 20,000 rows stay in a core's cache.
-RESAMPLES_PER_PASS = 8
+__all__ = ["Draws", "Resamples", "bootstrap", "draw_counts", "interval", "resample", "resample_decisions"]
 
-
-def draw_counts(groups: np.ndarray, *, num_resamples: int = 1000, seed: int = 0) -> UInt8[np.ndarray, "B G"]:
-    """How often each group (in sorted order of its id) stands in each resample of all groups with replacement.
-
-    The first resamples of a longer table equal a shorter one of the same seed.
-
-    Raises:
-        ConfigError: fewer than one resample.
-    """
-    if num_resamples < 1:
-        raise ConfigError(f"num_resamples must be at least 1, got {num_resamples}")
-    num_groups = len(np.unique(groups))
-    generator = np.random.default_rng(seed)
-    # A byte is enough: a group is drawn about once, and more than 255 times with probability below 1e-500.
-    counts = np.zeros((num_resamples, num_groups), np.uint8)
-    for row in counts if num_groups else ():
-        row[:] = np.bincount(generator.integers(0, num_groups, num_groups), minlength=num_groups)
-    return counts
+RANKING_METRICS = ("auroc", "auprc")
 
 
 @dataclass(frozen=True)
 class Resamples:
-    """Metric values of every resample: NaN where a label has a single class in it (accuracy: no row)."""
+    """Metric values of every resample: NaN where a label has a single class in it (accuracy: no row).
+
+    `draws` is the digest of the table of resamples: results with one digest are paired.
+    """
 
     per_label: dict[str, Float[np.ndarray, "B L"]]
     macro: dict[str, Float[np.ndarray, " B"]]
     labels: tuple[str, ...]
     num_groups: int
+    draws: str = ""
 
 
 def resample(
@@ -60,8 +47,9 @@ def resample(
     seed: int = 0,
     labels: Sequence[str] | None = None,
     threshold: float | Float[np.ndarray, " C"] = 0.5,
+    metrics: Sequence[MetricName] = METRICS,
 ) -> Resamples:
-    """All metrics of `probes.metrics.evaluate` on resampled groups; equal to evaluating the repeated rows.
+    """Metrics of `probes.metrics.evaluate` on resampled groups; equal to evaluating the repeated rows.
 
     Without `groups` every row is its own. Groups without a valid row are not drawn. Macro values are means over
     the labels that have both classes in the data; they are NaN in a resample that lacks one of these.
@@ -73,44 +61,70 @@ def resample(
     groups = np.arange(len(y)) if groups is None else groups
     if len(groups) != len(y):
         raise TaskError(f"one group per row is needed: {len(y)} rows, {len(groups)} groups")
-    used = decisions.valid.any(1)
-    ids, index = np.unique(groups[used], return_inverse=True)
-    counts = draw_counts(ids, num_resamples=num_resamples, seed=seed)
-    rows = np.zeros(len(y), np.int64)
-    rows[used] = index
-    per_label, macro = _decision_metrics(decisions, rows, counts)
-    auroc, auprc = _ranking_metrics(decisions, rows, counts)
-    per_label |= {"auroc": auroc, "auprc": auprc}
-    defined = ~np.isnan(auroc)
+    draws = Draws.of(groups[decisions.valid.any(1)], num_resamples=num_resamples, seed=seed)
+    return resample_decisions(decisions, groups, draws, metrics=metrics)
+
+
+def resample_decisions(
+    decisions: Decisions, groups: np.ndarray, draws: Draws, *, metrics: Sequence[MetricName] = METRICS
+) -> Resamples:
+    """The chosen metrics on the resamples of a given table, the same for every model on these rows.
+
+    Raises:
+        TaskError: a valid row's group is not in the table. ConfigError: an unknown metric.
+    """
+    unknown = [str(name) for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise ConfigError(f"unknown metric {(unknown or [''])[0]!r}; known: {', '.join(METRICS)}")
+    rows = draws.columns(groups, np.asarray(decisions.valid.any(1)))
+    per_label = _ranking_metrics(decisions, rows, draws.counts, [name for name in RANKING_METRICS if name in metrics])
+    macro: dict[str, np.ndarray] = {}
+    if set(metrics) <= set(RANKING_METRICS):
+        defined = ~np.isnan(per_label[metrics[0]])
+    else:
+        decided, macro, defined = _decision_metrics(decisions, rows, draws.counts)
+        per_label |= decided
     # One set of labels for all resamples, or the macro would jump whenever a rare label drops out.
     everywhere = np.array([0 < column.sum() < rows.sum() for column, rows in zip(decisions.y.T, decisions.valid.T)])
-    for name in METRICS:
+    for name in metrics:
         if name not in macro:
             means = _mean_where(per_label[name][:, everywhere], defined[:, everywhere])
             macro[name] = np.where(defined[:, everywhere].all(1), means, np.nan)
-    return Resamples(per_label, macro, decisions.labels, len(ids))
+    chosen = [{str(name): found[name] for name in metrics} for found in (per_label, macro)]
+    return Resamples(chosen[0], chosen[1], decisions.labels, len(draws.groups), draws.digest)
 
 
 def _ranking_metrics(
-    decisions: Decisions, rows: Integer[np.ndarray, " N"], counts: Integer[np.ndarray, "B G"]
-) -> tuple[Float[np.ndarray, "B L"], Float[np.ndarray, "B L"]]:
+    decisions: Decisions, rows: Integer[np.ndarray, " N"], counts: Integer[np.ndarray, "B G"], names: Sequence[str]
+) -> dict[str, Float[np.ndarray, "B L"]]:
     shape = (len(counts), len(decisions.labels))
-    auroc, auprc = np.full(shape, np.nan), np.full(shape, np.nan)
-    for column in range(shape[1]):
+    found = {name: np.full(shape, np.nan) for name in names}
+    measures = [{"auroc": area_under_roc, "auprc": area_under_pr}[name] for name in names]
+    rankings: dict[int, Ranking] = {}
+    used = []
+    for column in range(shape[1]) if names else ():
         valid = np.flatnonzero(decisions.valid[:, column])
         ranking = Ranking.of(decisions.y[valid, column], decisions.scores[valid, column])
         if len(ranking.positives) and len(ranking.negatives):
-            ranking = ranking.renumbered(rows[valid])  # weights are looked up by group
-            for start in range(0, len(counts), RESAMPLES_PER_PASS):
-                block = slice(start, start + RESAMPLES_PER_PASS)
-                auroc[block, column], auprc[block, column] = ranking.weighted(counts[block])
-    return auroc, auprc
+            rankings[column] = ranking.renumbered(rows[valid])  # weights are looked up by group
+            used.append(rows[valid])
+    packable = fits_lanes(used, counts)
+    for block in resample_steps(max(map(len, used), default=0), len(counts)) if rankings else ():
+        weights = pack(counts[block]) if packable else counts[block]
+        for column, ranking in rankings.items():
+            at = ranking.packed_standing(weights) if packable else ranking.standing(weights)
+            for name, measure in zip(names, measures):
+                found[name][block, column] = measure(at)[: block.stop - block.start]
+    return found
 
 
 def _decision_metrics(
     decisions: Decisions, rows: Integer[np.ndarray, " N"], counts: Integer[np.ndarray, "B G"]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Accuracy and balanced accuracy from the confusion counts of each group: one matrix product per block."""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Bool[np.ndarray, "B L"]]:
+    """What follows from decisions, by the confusion counts of each group: one matrix product per block of resamples.
+
+    (per label, macro of categorical labels, whether both classes are in a resample).
+    """
     num_labels, num_groups = len(decisions.labels), counts.shape[1]
     y, decided, valid = decisions.y, decisions.decided, decisions.valid
     table = np.zeros((num_groups, 4, num_labels))
@@ -121,21 +135,25 @@ def _decision_metrics(
     blocks = [counts[start : start + 64].astype(np.float64) @ flat for start in range(0, len(counts), 64)]
     cells = np.concatenate(blocks).reshape(len(counts), 4, num_labels)
     with np.errstate(invalid="ignore"):
-        sensitivity, specificity = cells[:, 0] / cells[:, 1], cells[:, 2] / cells[:, 3]
+        hits, positives, rejected, negatives = (cells[:, cell] for cell in range(4))
+        sensitivity, specificity = hits / positives, rejected / negatives
+        defined = (positives > 0) & (negatives > 0)
         per_label = {
-            "accuracy": (cells[:, 0] + cells[:, 2]) / (cells[:, 1] + cells[:, 3]),
+            "accuracy": (hits + rejected) / (positives + negatives),
             "balanced_accuracy": (sensitivity + specificity) / 2,
+            "f1": np.where(defined, 2 * hits / (hits + positives + negatives - rejected), np.nan),
+            "sensitivity": np.where(defined, sensitivity, np.nan),
+            "specificity": np.where(defined, specificity, np.nan),
         }
         if not decisions.argmax:
-            return per_label, {}
+            return per_label, {}, defined
         if num_labels == 1:  # two classes: the specificity is the recall of class 0
             recall = np.hstack([sensitivity, specificity])
-            return per_label, {
-                "accuracy": per_label["accuracy"][:, 0],
-                "balanced_accuracy": _mean_where(recall, ~np.isnan(recall)),
-            }
-        overall = cells[:, 0].sum(1) / cells[:, 1].sum(1)
-    return per_label, {"accuracy": overall, "balanced_accuracy": _mean_where(sensitivity, ~np.isnan(sensitivity))}
+            both = _mean_where(recall, ~np.isnan(recall))
+            return per_label, {"accuracy": per_label["accuracy"][:, 0], "balanced_accuracy": both}, defined
+        overall = hits.sum(1) / positives.sum(1)
+    recalled = _mean_where(sensitivity, ~np.isnan(sensitivity))
+    return per_label, {"accuracy": overall, "balanced_accuracy": recalled}, defined
 
 
 def _mean_where(values: Float[np.ndarray, "B L"], where: Bool[np.ndarray, "B L"]) -> Float[np.ndarray, " B"]:
@@ -173,8 +191,9 @@ def bootstrap(
 ) -> dict[str, Any]:
     """Percentile intervals of all metrics, macro and per label (in the order of `evaluate`), as plain values.
 
-    `{"level", "num_resamples", "num_groups", "seed", "macro": {metric: {"low", "high", "skipped"}},
+    `{"level", "num_resamples", "num_groups", "seed", "draws", "macro": {metric: {"low", "high", "skipped"}},
     "per_label": [{"label", metric: {...}}]}`; arguments and errors as in `resample` and `interval`.
+    `draws` is the digest of the table of resamples.
     """
     values = resample(
         y, scores, mask, groups, kind=kind, num_resamples=num_resamples, seed=seed, labels=labels, threshold=threshold
@@ -184,6 +203,7 @@ def bootstrap(
         "num_resamples": num_resamples,
         "num_groups": values.num_groups,
         "seed": seed,
+        "draws": values.draws,
         "macro": {name: interval(values.macro[name], level) for name in METRICS},
         "per_label": [
             {"label": label, **{name: interval(values.per_label[name][:, column], level) for name in METRICS}}

@@ -174,18 +174,19 @@ def test_one_data_set_that_cannot_be_measured_leaves_the_others_alone(tmp_path: 
 def test_what_concerns_every_set_stops_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    from cli import extract
+    from cli import running
 
-    calls: list[str] = []
+    calls: list[list[int]] = []
 
-    def broken(plan: str, *args: object, **options: object) -> dict[str, object]:
-        calls.append(plan)
+    def broken(runs: object, group: list[int]) -> dict[str, object]:
+        calls.append(group)
         raise error
 
-    monkeypatch.setattr(extract, "_run_plan", broken)
+    monkeypatch.setattr(running._Runs, "_groups", lambda _: [[0], [1]])
+    monkeypatch.setattr(running._Runs, "_pass", broken)
     with pytest.raises(type(error)):
-        extract.run_plans(["a", "b"], RunConfig(), quiet=True)  # type: ignore[list-item]
-    assert calls == ["a"]
+        running.run_plans(["a", "b"], RunConfig(), quiet=True)  # type: ignore[list-item]
+    assert calls == [[0]]
 
 
 def test_probe_extracts_what_it_misses(store: Path) -> None:
@@ -255,9 +256,9 @@ def test_root_that_moved(tmp_path: Path) -> None:
 
 
 def test_every_command_has_help() -> None:
-    from cli import demo, extract, operations, probing
+    from cli import comparing, demo, extract, fewshot, operations, plan, probing
 
-    for module in (extract, operations, demo, probing):
+    for module in (extract, plan, operations, demo, probing, fewshot, comparing):
         for name, command in module.COMMANDS.items():
             assert command.__doc__, name
             assert len(command.__doc__.strip()) > 30, name

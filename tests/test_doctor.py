@@ -51,7 +51,7 @@ def not_ok(found: doctor.Diagnosis) -> dict[str, str]:
     return {
         name: state
         for name, state in states(found).items()
-        if state != "ok" and name not in ("space", "kind", "read-ahead")
+        if state != "ok" and name not in ("space", "inodes", "quota", "kind", "read-ahead")
     }
 
 
@@ -70,7 +70,7 @@ def test_a_local_disk_needs_nothing(tmp_path: Path) -> None:
     found = doctor.diagnose(tmp_path, advance=seen.append)
     assert not_ok(found) == {}
     assert (found.mode, found.fsync) == ("link", True)
-    assert len(seen) == len(found.findings) == len(doctor.probes_of(tmp_path)) == 17
+    assert len(seen) == len(found.findings) == len(doctor.probes_of(tmp_path)) == 19
     assert list(tmp_path.iterdir()) == []
     assert doctor.settle(tmp_path, found) == "nothing to write down"
     assert list(tmp_path.iterdir()) == []
@@ -237,6 +237,7 @@ def test_a_mode_is_left_only_before_the_first_set(tmp_path: Path, monkeypatch: p
     [
         ("preadv", raises(errno.EOPNOTSUPP), "read-ahead"),
         ("statvfs", raises(errno.ENOSYS), "space"),
+        ("statvfs", raises(errno.ENOSYS), "inodes"),
         ("flock", raises(errno.ENOLCK), "file locks"),
         ("flock", lambda *_: None, "file locks"),
     ],

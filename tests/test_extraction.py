@@ -15,7 +15,7 @@ from PIL import Image
 from featstore.backbones import devices
 from featstore.configs import RunConfig, SetConfig
 from featstore.errors import ConfigError, DeviceError, FeatstoreError, IncompleteError, ManifestError, StoreError
-from featstore.extraction import pipeline
+from featstore.extraction import lane
 from featstore.extraction.batching import default_batch_size
 from featstore.extraction.loader import Job, Loader
 from featstore.extraction.pipeline import Summary, choose_device, extract
@@ -285,8 +285,8 @@ def test_more_tokens_join_the_same_set(pictures: Path, store_path: Path) -> None
 
 def test_overflow_stops_before_the_commit(pictures: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
-    real = pipeline.pick
-    monkeypatch.setattr(pipeline, "pick", lambda tokens, name: real(tokens, name) * 1e6)
+    real = lane.pick
+    monkeypatch.setattr(lane, "pick", lambda tokens, name: real(tokens, name) * 1e6)
     with pytest.raises(StoreError, match=r"cls: row 0 does not fit float16.*--dtype float32"):
         run(store_path)
     features = Store(store_path)["pics", "tiny@42"]

@@ -1,15 +1,18 @@
 """The guard of a set: two committed rows are computed again before anything is added."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pictures import register_pictures
 
 from featstore.configs import RunConfig, SetConfig
 from featstore.errors import ConfigError
-from featstore.extraction import creation, pipeline
+from featstore.extraction import creation
+from featstore.extraction.lane import Lane
 from featstore.extraction.pipeline import Summary, extract
 from featstore.extraction.plan import make_plan
+from featstore.store import commits
 from featstore.store.catalog import Store
 
 TINY = SetConfig(model="tiny", res="42", block_rows=16)
@@ -58,7 +61,7 @@ def test_committed_rows_that_are_damaged_give_way_to_the_next(
     more = SetConfig(model="tiny", res="42", block_rows=block_rows, tokens="cls,mean_patch")
     plan = make_plan(Store(store_path), "pics", more, RUN)
     network = plan.source.load(device="cpu", compute_dtype="float32")
-    worker = pipeline._Worker(plan, RUN, "cpu", network, None)
+    worker = Lane(plan, RUN, "cpu", network)
     seen: list[list[int]] = []
     real_start = worker.start
     monkeypatch.setattr(
@@ -70,3 +73,29 @@ def test_committed_rows_that_are_damaged_give_way_to_the_next(
     with pytest.raises(ConfigError, match=r"recomputing committed rows of cls gives a relative difference of"):
         worker.guard()
     assert seen == [looked_at] * 2
+
+
+@pytest.mark.parametrize("gone", [[0], [3], [0, 3]])
+def test_blocks_that_another_process_replaces_just_then_are_left_out(
+    pictures: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch, gone: list[int]
+) -> None:
+    run(store_path)
+    more = SetConfig(model="tiny", res="42", block_rows=16, tokens="cls,mean_patch")
+    plan = make_plan(Store(store_path), "pics", more, RUN)
+    worker = Lane(plan, RUN, "cpu", plan.source.load(device="cpu", compute_dtype="float32"))
+    real_start, real_blocks, seen = worker.start, commits.committed_blocks, []
+
+    def replacing(folder: Path, group: str) -> set[int]:
+        found = real_blocks(folder, group)
+        for block in gone:
+            commits.marker_path(folder, group, block).unlink()
+        return found
+
+    def start(batch: Any, arrays: Any) -> Any:
+        seen.append([row // 16 for row in batch.job.rows])
+        return real_start(batch, arrays)
+
+    monkeypatch.setattr(worker, "start", start)
+    monkeypatch.setattr(commits, "committed_blocks", replacing)
+    worker.guard()
+    assert seen == {(0,): [[3, 3]], (3,): [[0, 0]], (0, 3): []}[tuple(gone)]

@@ -14,8 +14,8 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from featstore.errors import ConfigError, TaskError
-from probes.knn import KNNProbe, ranked
-from probes.neighbours import SPARE, build_index, import_faiss
+from probes.knn import KNNProbe
+from probes.neighbours import SPARE, build_index, import_faiss, ranked
 
 BACKENDS = ["faiss", "torch"]
 
@@ -61,7 +61,7 @@ def dino_scores(
 def test_classes_equal_dinos_vote(backend: Any) -> None:
     X, y = bank()
     queries, _ = bank(40, seed=1)
-    probe = KNNProbe(backend=backend).fit(X, y, num_classes=7)
+    probe = KNNProbe(renormalize=False, backend=backend).fit(X, y, num_classes=7)
     similarity, rows = neighbours(X, queries, 200)
     expected = dino_scores(similarity, y[rows], (10, 20, 100, 200), 7)
     scores = probe.scores(queries)
@@ -216,7 +216,7 @@ def test_zero_rows_are_refused() -> None:
 )
 def test_options_that_cannot_be_used(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        KNNProbe(**arguments)
+        KNNProbe(**arguments).fit(*bank(30))
 
 
 def test_choice_and_labels_that_cannot_be_used() -> None:

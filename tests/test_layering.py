@@ -168,14 +168,24 @@ def loaded(code: str, **environment: str) -> set[str]:
     return set(done.stderr.splitlines()[-1].split())
 
 
-LIGHT = [
-    "featstore",
-    "featstore.errors",
-    "featstore.files",
-    "featstore.records",
-    "featstore.configs",
-    "featstore.datasets",
-] + ["probes", "probes.configs", "cli.main", "cli.flags", "cli.extract", "cli.operations", "cli.probing"]
+LIGHT = (
+    [
+        "featstore",
+        "featstore.errors",
+        "featstore.files",
+        "featstore.records",
+        "featstore.configs",
+        "featstore.datasets",
+    ]
+    + ["probes", "probes.configs", "cli.main", "cli.flags", "cli.extract", "cli.operations", "cli.probing"]
+    + [
+        "cli.running",
+        "cli.plan",
+        "cli.fewshot",
+        "cli.comparing",
+        "probes.fewshot_config",
+    ]
+)
 
 
 def test_light_modules() -> None:

@@ -87,6 +87,11 @@ def features(num_rows: int, width: int, seed: int = 0) -> np.ndarray:
     return ((factors + random.standard_normal((num_rows, width)) + 5) * scale).astype(np.float32)
 
 
+def in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small problems go the way of large ones."""
+    monkeypatch.setattr(solver, "newton_is_cheaper", lambda *_: False)
+
+
 GRID = (1e-6, 1e-3, 0.1, 1.0, 30.0, 1e3, 1e5)
 
 
@@ -257,6 +262,7 @@ def test_separable_data_without_a_milder_neighbour(C: Any) -> None:
 
 def test_float32_path_reaches_the_same_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large problems run in float32 first, with the design in float32 only, and are checked in float64."""
+    in_one_batch(monkeypatch)
     monkeypatch.setattr(solver, "SMALL", 0)
     monkeypatch.setattr("probes.eigenbasis.EXACT_BYTES", 0)
     monkeypatch.setattr("probes.eigenbasis.CHUNK", 64)
@@ -271,6 +277,7 @@ def test_float32_path_reaches_the_same_optimum(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_wide_problems_go_without_hessians(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_one_batch(monkeypatch)
     monkeypatch.setattr(polish, "MAX_WIDTH", 20)
     X = features(150, 60)
     y = labels_of(X, (0.3,), seed=5, noise=0.2)
@@ -280,6 +287,7 @@ def test_wide_problems_go_without_hessians(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_is_not_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_one_batch(monkeypatch)
     monkeypatch.setattr(solver, "EASY_ITERATIONS", 1)
     monkeypatch.setattr(polish, "ROUNDS", 1)
     monkeypatch.setattr(polish, "STEPS", 1)
@@ -296,6 +304,7 @@ def test_what_is_not_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hessians_are_shared_out_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_one_batch(monkeypatch)
     X = features(150, 60)
     y = labels_of(X, (0.3, 0.5, 0.2), seed=5, noise=0.2)
     expected = LogisticProbe(C=GRID).fit(X, y, kind="multilabel")

@@ -14,7 +14,8 @@ from pictures import CONFIG, register_pictures, tree_bytes
 
 from featstore.configs import RunConfig, SetConfig
 from featstore.errors import StoreError
-from featstore.extraction import creation, device, pipeline
+from featstore.extraction import creation, device, lane, pipeline
+from featstore.extraction.lane import Lane
 from featstore.extraction.loader import open_loader
 from featstore.extraction.overlap import overlapped
 from featstore.extraction.plan import Plan, make_plan
@@ -117,9 +118,9 @@ def pictures(store: Path, root: Path, count: int = 40) -> None:
 def reference(plan: Plan) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """A plain loop: decode, forward, cast, one batch after the other; (first row, rows of every array)."""
     network = plan.source.load(device="cpu", compute_dtype="float32")
-    jobs = pipeline._Worker(plan, RUN, "cpu", network, None).blocks.jobs(8)
-    for items in jobs.values():
-        with open_loader(plan.manifest, plan.preprocess, items, RUN) as loader:
+    blocks = Lane(plan, RUN, "cpu", network).blocks
+    for block, groups in blocks.lacking().items():
+        with open_loader(plan.manifest, plan.preprocess, blocks.cut(block, groups, 8), RUN) as loader:
             for batch in loader:
                 pixels = torch.zeros((8, *batch.pixels.shape[1:]), dtype=torch.uint8)
                 pixels[: len(batch.pixels)] = torch.from_numpy(batch.pixels)
@@ -209,7 +210,7 @@ def test_blocks_of_failed_images_hold_nan_in_every_type(tmp_path: Path, store_pa
 
 
 def test_int8_cannot_say_that_a_row_is_not_finite() -> None:
-    rows = pipeline._Rows(device.Landing({}, {}), {}, [], [7, 8, 9], np.array([True, False, False]))
+    rows = lane.Rows(device.Landing({}, {}), {}, [], [7, 8, 9], np.array([True, False, False]))
     rows._check_finite("patches", np.array([False, True, True]))
     with pytest.raises(StoreError, match=r"patches: row 9 holds infinity or NaN, which int8 cannot keep"):
         rows._check_finite("patches", np.array([False, True, False]))
@@ -253,11 +254,11 @@ def test_the_rows_of_the_trial_live_until_they_are_copied(
     register_pictures(store_path, tmp_path / "data", 8)
     plan = make_plan(Store(store_path), "pics", SetConfig(model="tiny", res="42"), RUN)
     pipeline.prepare(plan)
-    worker = pipeline._Worker(plan, RUN, "cpu", plan.source.load(device="cpu", compute_dtype="float32"), None)
+    worker = Lane(plan, RUN, "cpu", plan.source.load(device="cpu", compute_dtype="float32"))
     waited: list[set[str]] = []
     real = device.Landing.wait
     monkeypatch.setattr(device.Landing, "wait", lambda landing: (waited.append({*landing.rows}), real(landing))[1])
-    worker.trial(list(plan.arrays))
+    worker.trial()
     assert waited == [{"cls", "mean_patch"}]
 
 

@@ -12,7 +12,7 @@ from pictures import CONFIG, register_pictures, tree_bytes, write_pictures, writ
 from reduced import RUN, config, opened, run
 
 from featstore.errors import ConfigError, StoreError
-from featstore.extraction import creation, pipeline, reduce
+from featstore.extraction import creation, lane, reduce
 from featstore.extraction.creation import load_backbone
 from featstore.extraction.pipeline import extract
 from featstore.extraction.plan import make_plan
@@ -110,8 +110,8 @@ def test_overflow_in_the_sample(
 def test_overflow_after_the_sample(
     pictures: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch, steps: str, factor: float, message: str
 ) -> None:
-    real = pipeline.pick
-    monkeypatch.setattr(pipeline, "pick", lambda tokens, name: real(tokens, name) * (factor if name != "cls" else 1))
+    real = lane.pick
+    monkeypatch.setattr(lane, "pick", lambda tokens, name: real(tokens, name) * (factor if name != "cls" else 1))
     with pytest.raises(StoreError, match=message):
         run(store_path, config(steps))
     assert opened(store_path).pending().all()

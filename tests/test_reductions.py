@@ -1,5 +1,6 @@
 """Patch tokens stored smaller: the steps against brute force, the loss recomputed, who settles the parameters."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from sklearn.neighbors import NearestNeighbors
 from featstore import files
 from featstore.configs import SetConfig, parse_reduce
 from featstore.errors import ConfigError, CorruptError, UnknownNameError
-from featstore.extraction import reduce
+from featstore.extraction import creation, reduce
+from featstore.extraction.claims import Claims
 from featstore.extraction.pipeline import extract
 from featstore.extraction.plan import make_plan, reduced_arrays
 from featstore.extraction.reduce import Reducer
@@ -355,6 +357,9 @@ def test_a_second_creator_takes_the_parameters_of_the_first(
 ) -> None:
     late = make_plan(Store(store_path), "pics", config("int8"), RUN)
     real, calls = reduce.draw_sample, []
+    # A claim is a hint: without it what the first one settled stands too.
+    monkeypatch.setattr(Claims, "is_free", lambda *_: True)
+    monkeypatch.setattr(Claims, "take", lambda *_: True)
 
     def draw_late(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -370,6 +375,34 @@ def test_a_second_creator_takes_the_parameters_of_the_first(
     assert fs.spec["reduction"]["sample"]["fitted_on"] == 10
     assert [path.stem for path in (fs.folder / "reductions").iterdir()] == [fs.spec["reduction"]["parameters"]]
     assert np.isfinite(fs.patches.load()).all()
+
+
+def test_one_creator_measures_and_the_others_wait(
+    pictures: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(creation, "LOOK", 0.01)
+    plan = make_plan(Store(store_path), "pics", config("int8"), RUN)
+    real, calls = reduce.draw_sample, []
+    place = store_path / "cache" / f"creating-{plan.folder.name}"
+
+    def draw(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        assert list(place.glob("*.*"))
+        return real(*args, **options)
+
+    monkeypatch.setattr(reduce, "draw_sample", draw)
+    with Claims(place, patience=60.0) as other:
+        other.take(creation.CREATION)
+        waiting = threading.Thread(target=extract, args=(plan, RUN))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        assert not plan.folder.exists()
+    waiting.join(120)
+    assert not waiting.is_alive()
+    assert calls == [1]
+    assert not place.exists()
+    assert opened(store_path).spec["reduction"]["sample"]["fitted_on"] == 10
 
 
 def test_grown_sets_and_added_layers_keep_their_parameters(pictures: Path, store_path: Path) -> None:

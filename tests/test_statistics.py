@@ -1,12 +1,16 @@
 """The bootstrap against scikit-learn on the repeated rows themselves."""
 
+import inspect
+from pathlib import Path
+
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, recall_score, roc_auc_score
 
-from featstore.errors import ConfigError, TaskError
-from probes.metrics import METRICS, evaluate
-from probes.statistics import bootstrap, draw_counts, interval, resample
+from featstore.errors import ConfigError, CorruptError, TaskError
+from probes.draws import Draws
+from probes.metrics import METRICS, decide, evaluate
+from probes.statistics import bootstrap, draw_counts, interval, resample, resample_decisions
 
 
 def data(num_rows: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -52,6 +56,13 @@ def test_every_resample_equals_sklearn_on_its_rows(masked: bool) -> None:
                 area, precision = roc_auc_score(true, score), average_precision_score(true, score)
                 assert values.per_label["auroc"][number, column] == pytest.approx(area, abs=1e-12)
                 assert values.per_label["auprc"][number, column] == pytest.approx(precision, abs=1e-12)
+                decided = score >= 0.5
+                for name, expected_value in (
+                    ("f1", f1_score(true, decided)),
+                    ("sensitivity", recall_score(true, decided)),
+                    ("specificity", recall_score(true, decided, pos_label=0)),
+                ):
+                    assert values.per_label[name][number, column] == pytest.approx(expected_value, abs=1e-12)
             else:
                 undefined += 1
     assert undefined == np.isnan(values.per_label["auroc"]).sum() > 0
@@ -152,3 +163,53 @@ def test_wrong_arguments_are_refused() -> None:
         bootstrap(y, scores, mask, groups, kind="multilabel", num_resamples=0)
     with pytest.raises(ConfigError, match=r"level must lie between 0 and 1, got 95.0"):
         interval(np.zeros(3), 95.0)
+
+
+@pytest.mark.parametrize("limit", [1, 2000])
+def test_resamples_too_heavy_for_packing_give_the_same_numbers(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above a million rows; the bound by the largest group (here 60 rows in 28 groups) may be loose."""
+    y, scores, mask, groups = data()
+    expected = resample(y, scores, mask, groups, kind="multilabel", num_resamples=30)
+    monkeypatch.setattr("probes.ranking.LANE_LIMIT", limit)
+    found = resample(y, scores, mask, groups, kind="multilabel", num_resamples=30)
+    for name in METRICS:
+        np.testing.assert_allclose(found.macro[name], expected.macro[name], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_alone_is_the_same(name: str) -> None:
+    y, scores, mask, groups = data()
+    every = resample(y, scores, mask, groups, kind="multilabel", num_resamples=30)
+    alone = resample(y, scores, mask, groups, kind="multilabel", num_resamples=30, metrics=(name,))  # type: ignore[arg-type]
+    assert list(alone.macro) == list(alone.per_label) == [name]
+    np.testing.assert_array_equal(alone.per_label[name], every.per_label[name])
+    np.testing.assert_array_equal(alone.macro[name], every.macro[name])
+
+
+def test_one_table_serves_every_model_and_can_be_kept(tmp_path: Path) -> None:
+    y, scores, mask, groups = data()
+    draws = Draws.of(groups[mask.any(1)], num_resamples=30, seed=2)
+    own = resample(y, scores, mask, groups, kind="multilabel", num_resamples=30, seed=2)
+    assert own.draws == draws.digest
+    assert bootstrap(y, -scores, mask, groups, kind="multilabel", num_resamples=30, seed=2)["draws"] == draws.digest
+    assert Draws.of(groups[::-1], num_resamples=30, seed=3).digest != draws.digest
+    draws.write(tmp_path / "draws.npz")
+    kept = Draws.read(tmp_path / "draws.npz")
+    assert (kept.digest, kept.seed) == (draws.digest, 2)
+    again = resample_decisions(decide(y, scores, mask, kind="multilabel"), groups, kept)
+    np.testing.assert_array_equal(again.macro["auroc"], own.macro["auroc"])
+    with np.load(tmp_path / "draws.npz") as table:
+        parts = dict(table)
+    parts["counts"][0, 0] += 1
+    np.savez(tmp_path / "draws.npz", **parts)
+    with pytest.raises(CorruptError, match="the table of resamples does not match its digest"):
+        Draws.read(tmp_path / "draws.npz")
+
+
+def test_tables_and_metrics_that_do_not_fit_are_refused() -> None:
+    y, scores, mask, groups = data()
+    decisions = decide(y, scores, mask, kind="multilabel")
+    with pytest.raises(TaskError, match=r"1 groups, such as 'p\d+', are not in the table of resamples"):
+        resample_decisions(decisions, groups, Draws.of(np.unique(groups)[:-1]))
+    with pytest.raises(ConfigError, match="unknown metric 'dice'; known: auroc, auprc"):
+        inspect.unwrap(resample_decisions)(decisions, groups, Draws.of(groups), metrics=("dice",))

@@ -6,14 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import CONFIG, register_pictures, write_pictures, write_table
+from tiny_sets import KilledError
 
 from featstore.configs import RunConfig, SetConfig
 from featstore.extraction.pipeline import Summary, extract
 from featstore.extraction.plan import make_plan
 from featstore.register import register
+from featstore.store import commits
 from featstore.store.catalog import Store
 from featstore.store.features import FeatureSet
 from featstore.store.layout import LEFT
+from featstore.store.publication import Finisher
+from featstore.store.scratch import Scratch
 from featstore.store.verify import verify_set
 
 TINY = SetConfig(model="tiny", res="42", block_rows=16)
@@ -83,3 +87,37 @@ def test_new_arrays_do_not_take_the_old_ones_from_them(
     assert np.isfinite(layer[[1, 2, 4]]).all()
     assert now.ok.sum() == 38
     assert LEFT in {why for group in now.ledger.groups for why in now._failures_of(group).values()}
+
+
+@pytest.mark.parametrize("step", ["delivery", "marker of the attempt", "publication", "marker"])
+def test_a_retry_that_is_killed_in_a_commit_keeps_their_rows(
+    store_path: Path,
+    shrunk: tuple[FeatureSet, np.ndarray, dict[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    step: str,
+) -> None:
+    retry = replace(RUN, retry_failed=True, stage=tmp_path / "stage")
+    run(store_path)
+
+    def die(*_: object) -> None:
+        raise KilledError
+
+    target, name = {
+        "delivery": (Scratch, "deliver"),
+        "marker of the attempt": (commits.BlockWriter, "_write_marker"),
+        "publication": (Finisher, "publish"),
+        "marker": (commits, "mark"),
+    }[step]
+    append = commits.BlockWriter.append
+
+    def otherwise(writer: commits.BlockWriter, rows: dict[str, np.ndarray], states: list[commits.RowState]) -> None:
+        append(writer, rows, [replace(state, reason=state.reason and "another reason") for state in states])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commits.BlockWriter, "append", otherwise)  # else it would be what is committed, byte for byte
+        patch.setattr(target, name, die)
+        with pytest.raises(KilledError):
+            run(store_path, settings=retry)
+    run(store_path, settings=retry)
+    same_as_before(store_path, shrunk)

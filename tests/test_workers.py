@@ -67,7 +67,8 @@ def test_images_are_those_of_threads(root: Path, pool: WorkerPool) -> None:
     futures = [pool.submit(one) for one in samples]
     inputs, opened = Inputs(root), OpenFiles()
     for one, future in zip(samples, futures):
-        image, state = future.result(60)
+        images, state = future.result(60)
+        image = images[0] if images else None
         expected, expected_state = load_image(inputs, opened, one, SPEC)
         assert state == expected_state
         if expected is None or image is None:
@@ -80,36 +81,35 @@ def test_images_are_those_of_threads(root: Path, pool: WorkerPool) -> None:
 def test_a_crash_costs_its_image_only(root: Path, pool: WorkerPool) -> None:
     names = ["images/00001.png", "crash.png", "images/00002.png"]
     results = [pool.submit(sample(root, name)) for name in names]
-    image, state = results[1].result(60)
-    assert image is None
+    images, state = results[1].result(60)
+    assert images == []
     assert state.reason == CRASHED == "the decoder crashed"
     assert state.content == hashlib.sha256((root / "crash.png").read_bytes()).hexdigest()[:HASH_HEX]
-    assert results[0].result(60)[0] is not None
-    assert results[2].result(60)[0] is not None
+    assert len(results[0].result(60)[0]) == len(results[2].result(60)[0]) == 1
 
 
 @pytest.mark.slow
 def test_an_image_is_tried_once_more(root: Path, pool: WorkerPool) -> None:
-    assert pool.submit(sample(root, "once.png")).result(60)[1].reason is None
+    assert pool.load(sample(root, "once.png"))[1].reason is None
     assert (root / "done").exists()
 
 
 @pytest.mark.slow
 def test_what_takes_too_long_is_ended(root: Path) -> None:
     with WorkerPool(HostileInputs(root), SPEC, workers=1, decode_seconds=2.0) as opened:
-        image, state = opened.submit(sample(root, "hang.png")).result(60)
+        image, state = opened.load(sample(root, "hang.png"))
     assert image is None
     assert state.reason == "decoding took more than 2 s"
 
 
 def test_errors_that_stop_a_run_come_through(root: Path, pool: WorkerPool) -> None:
     with pytest.raises(ManifestError, match="gone since registration"):
-        pool.submit(Sample("images/none.png", None, 5)).result(60)
+        pool.load(Sample("images/none.png", None, 5))
     with pytest.raises(ManifestError, match="at registration"):
-        pool.submit(Sample("images/00001.png", None, 5)).result(60)
+        pool.load(Sample("images/00001.png", None, 5))
     with pytest.raises(RuntimeError, match=r"KeyError while decoding broken\.png"):
-        pool.submit(sample(root, "broken.png")).result(60)
-    assert pool.submit(sample(root, "images/00001.png")).result(60)[0] is not None
+        pool.load(sample(root, "broken.png"))
+    assert pool.load(sample(root, "images/00001.png"))[0] is not None
 
 
 def test_parts_of_one_file_go_to_one_worker(root: Path, pool: WorkerPool) -> None:
@@ -122,7 +122,7 @@ def test_parts_of_one_file_go_to_one_worker(root: Path, pool: WorkerPool) -> Non
 
 def test_workers_end_with_the_pool(root: Path) -> None:
     with WorkerPool(HostileInputs(root), SPEC, workers=1) as opened:
-        opened.submit(sample(root, "images/00001.png")).result(60)
+        opened.load(sample(root, "images/00001.png"))
         (pid,) = opened.pids
         late = opened.submit(sample(root, "hang.png"))
         time.sleep(0.1)
@@ -168,7 +168,7 @@ def test_workers_killed_from_outside_stop_the_run(root: Path, monkeypatch: pytes
         WorkerPool(Inputs(root), SPEC, workers=1) as opened,
         pytest.raises(FeatstoreError, match=f"ended by signal {int(number)}, as when memory runs out; use fewer --wor"),
     ):
-        opened.submit(sample(root, "images/00001.png")).result(60)
+        opened.load(sample(root, "images/00001.png"))
     assert len(started) == 2
 
 
@@ -186,7 +186,7 @@ def test_codecs_that_end_themselves_cost_the_image(
 ) -> None:
     started = start_dying(monkeypatch, *signals)
     with WorkerPool(Inputs(root), SPEC, workers=1) as opened:
-        assert opened.submit(sample(root, "images/00001.png")).result(60)[1].reason == CRASHED
+        assert opened.load(sample(root, "images/00001.png"))[1].reason == CRASHED
     assert len(started) == starts
 
 
@@ -194,7 +194,7 @@ def test_a_kill_of_ours_is_not_taken_for_one_from_outside(root: Path, monkeypatc
     monkeypatch.setattr(workers, "EXIT_SECONDS", 0.1)
     start_dying(monkeypatch, -1)  # closes its pipe and goes on
     with WorkerPool(Inputs(root), SPEC, workers=1) as opened:
-        assert opened.submit(sample(root, "images/00001.png")).result(60)[1].reason == CRASHED
+        assert opened.load(sample(root, "images/00001.png"))[1].reason == CRASHED
 
 
 def test_workers_killed_before_they_are_ready_are_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_workers_killed_before_they_are_ready_are_told(root: Path, monkeypatch: 
         WorkerPool(Inputs(root), SPEC, workers=1) as opened,
         pytest.raises(FeatstoreError, match="did not start: ended by signal 9, as when memory runs out"),
     ):
-        opened.submit(sample(root, "images/00001.png")).result(60)
+        opened.load(sample(root, "images/00001.png"))
     assert len(started) == workers.STARTS
 
 
@@ -239,7 +239,7 @@ def test_a_worker_that_cannot_start_is_told(root: Path, capfd: pytest.CaptureFix
         WorkerPool(UnreadableInputs(root), SPEC, workers=1) as opened,
         pytest.raises(FeatstoreError, match="a worker process did not start"),
     ):
-        opened.submit(Sample("images/00000.png", None, 1)).result(60)
+        opened.load(Sample("images/00000.png", None, 1))
     assert "no number" in capfd.readouterr().err
 
 
@@ -261,7 +261,7 @@ def stress(root: Path, kills: int, *, seed: int = 0) -> None:
             done.set()
 
         killer = threading.Thread(target=kill)
-        pool.submit(sample(root, paths[0])).result(60)
+        pool.load(sample(root, paths[0]))
         killer.start()
         while not done.is_set():
             futures = [(path, pool.submit(sample(root, path))) for path in paths]
@@ -269,11 +269,11 @@ def stress(root: Path, kills: int, *, seed: int = 0) -> None:
                 if (error := future.exception(120)) is not None:
                     assert "ended by signal 9" in str(error)
                     continue
-                image, state = future.result()
+                images, state = future.result()
                 assert state.reason is None
-                np.testing.assert_array_equal(image, expected[path])
+                np.testing.assert_array_equal(images[0], expected[path])
         killer.join()
-        assert pool.submit(sample(root, paths[0])).result(60)[0] is not None
+        assert pool.load(sample(root, paths[0]))[0] is not None
 
 
 @pytest.mark.slow

@@ -13,10 +13,11 @@ from typing import Any
 
 from featstore.backbones.architecture import Architecture
 from featstore.backbones.family import Release
-from featstore.backbones.hub import fetch
+from featstore.backbones.hub import fetch, find_cached
 from featstore.backbones.source import (
     BackboneSource,
     check_same,
+    from_facts,
     from_files,
     from_seed,
     read_architecture,
@@ -26,7 +27,7 @@ from featstore.backbones.tiny import FOLDER as TINY_FOLDER
 from featstore.backbones.weights import find_files, read_config, read_processor
 from featstore.errors import ConfigError, MissingWeightsError, UnknownNameError
 
-__all__ = ["BACKBONES", "BackboneSource", "canonical_name", "describe"]
+__all__ = ["BACKBONES", "BackboneSource", "canonical_name", "describe", "describe_facts"]
 
 BACKBONES: dict[str, str] = {
     "dinov2-small": "featstore.backbones.dinov2:SMALL",
@@ -174,6 +175,74 @@ def describe(
         norm=norm,
     )
     return replace(source, listed=name)
+
+
+def describe_facts(
+    model: str,
+    *,
+    weights: Path | None = None,
+    random_weights: int | None = None,
+    revision: str | None = None,
+    digest_cache: Path | None = None,
+    pos_interp: str | None = None,
+    norm: str | None = None,
+) -> BackboneSource:
+    """`describe` for work on another machine: where the weights are not on this one, facts alone, nothing downloaded.
+
+    Then `known` is False. Of a repository that is not listed the hub's cache, or the hub, must have `config.json`.
+
+    Raises:
+        FeatstoreError: as `describe`.
+    """
+    place = _place_on_hub(model) if weights is None and random_weights is None else None
+    if place is None or find_cached(place[0], revision, files=place[1]) is not None:
+        return describe(
+            model,
+            weights=weights,
+            random_weights=random_weights,
+            revision=revision,
+            digest_cache=digest_cache,
+            pos_interp=pos_interp,
+            norm=norm,
+        )
+    repo, _, listed = place
+    if model.startswith("timm:"):
+        from featstore.backbones.timm_models import from_timm
+
+        measured = from_timm(model, random_weights=0, pos_interp=pos_interp, norm=norm)
+        return from_facts(measured.model, measured.architecture, repo, pos_interp=pos_interp)
+    name, processor = repo.rpartition("/")[2], None
+    if listed is not None:
+        architecture: Architecture = resolve_name(BACKBONES[listed]).architecture
+        name = name if model.startswith("hf:") else listed
+    else:
+        folder = fetch(repo, revision, weights=False)
+        processor = read_processor(folder)
+        architecture = read_architecture(read_config(folder), processor)
+    source = from_facts(name, with_norm(architecture, norm), repo, processor=processor, pos_interp=pos_interp)
+    return source if model.startswith("hf:") else replace(source, listed=listed)
+
+
+def _place_on_hub(model: str) -> tuple[str, tuple[str, ...], str | None] | None:
+    """(repository, names of its weight files where they are unusual, name in `BACKBONES`); None: its own weights."""
+    plain = model.removeprefix("hf:")
+    if model.startswith("timm:"):
+        return f"timm/{model.removeprefix('timm:')}", (), None
+    given = plain != model and ("/" not in plain or plain.startswith(("/", ".", "~")) or Path(plain).exists())
+    if given or ":" in plain:
+        return None
+    try:
+        name = canonical_name(plain)
+    except UnknownNameError:
+        if plain == model:
+            raise
+        return plain, (), None
+    entry = resolve_name(BACKBONES[name])
+    if not isinstance(entry, Release):
+        return None
+    if plain == model:
+        return entry.hub_id, entry.files, name
+    return plain, (), None if entry.files else name  # as `hf:` it has the usual names of files, or is not read
 
 
 def _describe_known(

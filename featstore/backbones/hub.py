@@ -71,14 +71,10 @@ def fetch(
         repo=repo, model=model or f"hf:{repo}", revision=revision, gated=gated, weights=weights, fetching=fetching
     )
     reason = "not in this machine's cache"
-    if (Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}").is_dir():
-        problem = None
-        for names in ((files,) if files else CHOICES) if weights else ((),):
-            cached = _look_up(repo, revision, [*CONFIGS, *names])
-            found = _problem(cached, weights, files) if cached is not None else None
-            if cached is not None and found is None:
-                return cached
-            problem = problem or found
+    if _cache_folder(repo).is_dir():
+        cached, problem = _look_in_cache(repo, revision, weights, files)
+        if cached is not None:
+            return cached
         reason = f"not whole in this machine's cache ({problem or _other_revisions(asked)})"
     if constants.HF_HUB_OFFLINE or fetching or not is_reachable(constants.ENDPOINT):
         raise MissingWeightsError(_advice(asked, f"{reason}, and the hub cannot be reached: {_silence(asked)}"))
@@ -86,6 +82,33 @@ def fetch(
     if problem is not None:
         raise MissingWeightsError(_advice(asked, f"the hub does not have them all: {problem}"))
     return folder
+
+
+def find_cached(repo: str, revision: str | None = None, *, files: tuple[str, ...] = ()) -> Path | None:
+    """The folder of a repository that is whole in the hub's cache, weights included, else None; nobody is asked."""
+    if not HUB_ID.fullmatch(repo) or not _cache_folder(repo).is_dir():
+        return None
+    return _look_in_cache(repo, revision, True, files)[0]
+
+
+def _cache_folder(repo: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+
+def _look_in_cache(
+    repo: str, revision: str | None, weights: bool, files: tuple[str, ...]
+) -> tuple[Path | None, str | None]:
+    """(the snapshot in the cache where it is whole, else what it lacks)."""
+    problem = None
+    for names in ((files,) if files else CHOICES) if weights else ((),):
+        cached = _look_up(repo, revision, [*CONFIGS, *names])
+        found = _problem(cached, weights, files) if cached is not None else None
+        if cached is not None and found is None:
+            return cached, None
+        problem = problem or found
+    return None, problem
 
 
 def _silence(asked: Asked) -> str:
@@ -104,9 +127,7 @@ def _silence(asked: Asked) -> str:
 
 def _other_revisions(asked: Asked) -> str:
     """What a cache has of a repository that is not the revision asked for."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{asked.repo.replace('/', '--')}"
+    folder = _cache_folder(asked.repo)
     there = sorted(path.name for path in (folder / "snapshots").glob("*") if path.is_dir())
     if not there or asked.revision in there or (folder / "refs" / (asked.revision or "main")).is_file():
         return "nothing whole is there"

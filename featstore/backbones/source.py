@@ -10,7 +10,7 @@ from featstore.backbones.architecture import Architecture, VisionTransformer
 from featstore.backbones.digests import digest_files
 from featstore.backbones.family import Family
 from featstore.backbones.weights import WeightFiles
-from featstore.errors import ConfigError, UnknownNameError, WeightsError
+from featstore.errors import ConfigError, MissingWeightsError, UnknownNameError, WeightsError
 from featstore.files import digest
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ class BackboneSource:
     weights are, as JSON: `kind` (hub, local, random, embedded, function), `digest` and facts that do not depend on the
     machine; `origin` says it for people, with paths.
     `processor` is the checkpoint's own `preprocessor_config.json`; `listed` the name in `BACKBONES` that was asked for,
-    None for a folder, a hub id or a function, whatever they are called.
+    None for a folder, a hub id or a function, whatever they are called. `known` is False where the weights are not at
+    hand: the digest is a placeholder, and nothing can be loaded.
     """
 
     model: str
@@ -102,6 +103,7 @@ class BackboneSource:
     pos_interp: str = "hf"
     processor: dict[str, Any] | None = None
     listed: str | None = None
+    known: bool = True
     loader: Callable[[LoadOptions], "featstore.backbones.tokens.Backbone"] = field(repr=False, compare=False)
 
     @property
@@ -308,7 +310,7 @@ def from_files(
         origin=origin,
         processor=found.processor,
         pos_interp=way,
-        loader=_FileLoader(found.files, facts, way),
+        loader=FileLoader(found.files, facts, way),
     )
 
 
@@ -341,8 +343,43 @@ def from_seed(
     )
 
 
+def from_facts(
+    model: str,
+    architecture: Architecture,
+    repo: str,
+    *,
+    processor: dict[str, Any] | None = None,
+    pos_interp: str | None = None,
+) -> BackboneSource:
+    """A source whose weights on the hub are not at hand: enough to foretell work and bytes, nothing to load."""
+    way = choose_interpolation(find_family(architecture.family), pos_interp, meta_files=False)
+    return BackboneSource(
+        model=model,
+        architecture=architecture,
+        weights={"kind": "hub", "repo": repo, "revision": "0" * 40, "digest": "0" * 64},  # as long as the real ones
+        origin=f"hub {repo}, weights not at hand",
+        processor=processor,
+        pos_interp=way,
+        known=False,
+        loader=_NoLoader(repo),
+    )
+
+
 @dataclass(frozen=True)
-class _FileLoader:
+class _NoLoader:
+    repo: str
+
+    def __call__(self, options: LoadOptions) -> "featstore.backbones.tokens.Backbone":
+        raise MissingWeightsError(
+            f"the weights of {self.repo} must be at hand to load the network, and only its facts were asked for; "
+            "describe it with its weights"
+        )
+
+
+@dataclass(frozen=True)
+class FileLoader:
+    """Loads a network from its weight files; `files` may be copies of those that were digested."""
+
     files: tuple[Path, ...]
     architecture: Architecture
     pos_interp: str

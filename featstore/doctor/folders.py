@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from featstore import files
+from featstore.doctor import quotas
 from featstore.doctor.findings import Probe, Result, asks
 
 NAME_BYTES = 160  # what commits may need: an array group, or a file with its writer's name behind it
@@ -254,11 +255,35 @@ def _probe_locks(folder: Path) -> Result:
 @_file("space", "free space cannot be told", "degraded")
 def _probe_space(folder: Path) -> Result:
     facts = os.statvfs(folder)
-    free, nodes = facts.f_bavail * facts.f_frsize, facts.f_favail if facts.f_files else None
-    value = f"{free / 1e9:.1f} GB, " + ("files uncounted" if nodes is None else f"{nodes} files")
-    few = free < FEW_BYTES or (nodes is not None and nodes < FEW_FILES)
-    meaning = "little is left" if few else "there is room"
-    return "degraded" if few else "ok", f"{meaning}; a quota cannot be seen from here", value
+    free = facts.f_bavail * facts.f_frsize
+    few = free < FEW_BYTES
+    return "degraded" if few else "ok", "little is left" if few else "there is room", f"{free / 1e9:.1f} GB"
+
+
+@_file("inodes", "how many files fit cannot be told", "degraded")
+def _probe_inodes(folder: Path) -> Result:
+    facts = os.statvfs(folder)
+    if not facts.f_files:
+        return "ok", "files are not counted here", "uncounted"
+    few = facts.f_favail < FEW_FILES
+    meaning = "few files fit: use larger blocks, or archive sets" if few else "there is room for files"
+    return "degraded" if few else "ok", meaning, f"{facts.f_favail} of {facts.f_files} free"
+
+
+@_file("quota", "quotas cannot be told", "degraded")
+def _probe_quota(folder: Path) -> Result:
+    kind, _ = file_system(folder)
+    found = quotas.find_quotas(folder, kind, mounted_device(folder))
+    if found is None:
+        return "ok", "nobody here can be asked (quota, lfs): writing may fail before the disk is full", "unknown"
+    if not found:
+        return "ok", "no quota is set for this user", "none"
+    sizes = [item.bytes for item in found if item.bytes is not None]
+    counts = [item.files for item in found if item.files is not None]
+    left = ([f"{min(sizes) / 1e9:.1f} GB"] if sizes else []) + ([f"{min(counts)} files"] if counts else [])
+    few = min(sizes, default=FEW_BYTES) < FEW_BYTES or min(counts, default=FEW_FILES) < FEW_FILES
+    meaning = f"little is left of the quota ({found[0].source})" if few else f"there is room ({found[0].source})"
+    return "degraded" if few else "ok", meaning, ", ".join(left)
 
 
 @_file("clock", "times of files cannot be told", "degraded")
@@ -303,12 +328,26 @@ def file_system(folder: Path, table: str | None = None) -> tuple[str, str]:
     Raises:
         OSError: there is no such table, as on other systems than Linux.
     """
+    kind, options, _ = _mount(folder, table)
+    return kind, options
+
+
+def mounted_device(folder: Path, table: str | None = None) -> str:
+    """The device, or server and path, of the file system that holds a folder.
+
+    Raises:
+        OSError: there is no such table.
+    """
+    return _mount(folder, table)[2]
+
+
+def _mount(folder: Path, table: str | None) -> tuple[str, str, str]:
     text = Path("/proc/self/mountinfo").read_text() if table is None else table
-    place, best, found = folder.resolve(), -1, ("unknown", "")
+    place, best, found = folder.resolve(), -1, ("unknown", "", "")
     for line in text.splitlines():
         left, _, right = line.partition(" - ")
         point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
         # Of two mounts on one point the later one is seen.
         if place.is_relative_to(point) and len(Path(point).parts) >= best:
-            best, found = len(Path(point).parts), (right.split()[0], left.split()[5])
+            best, found = len(Path(point).parts), (right.split()[0], left.split()[5], right.split()[1])
     return found

@@ -6,6 +6,7 @@ from featstore.backbones import BackboneSource
 from featstore.backbones.devices import use_device
 from featstore.backbones.tokens import Backbone
 from featstore.configs import RunConfig
+from featstore.extraction.staged_weights import staged
 
 
 def load_for_set(source: BackboneSource, identity: dict[str, Any], run: RunConfig, device: str) -> Backbone:
@@ -14,7 +15,7 @@ def load_for_set(source: BackboneSource, identity: dict[str, Any], run: RunConfi
     `--compile auto` is on where it pays: on a GPU (1.15 to 1.7 times, published by timm), not on a CPU, where 2 to 5 %
     do not repay the compiler's 15 seconds, and not where blocks are streamed.
 
-    A `cuda:N` becomes the current device of this thread.
+    A `cuda:N` becomes the current device of this thread. With `--stage` weights are read from copies there.
 
     Raises:
         ConfigError: an option that the network cannot have.
@@ -23,7 +24,7 @@ def load_for_set(source: BackboneSource, identity: dict[str, Any], run: RunConfi
     """
     if run.memory != "shard":  # there every process has a device of its own
         use_device(device)
-    backbone = source.load(
+    backbone = staged(source, run.stage).load(
         device=device,
         compute_dtype=identity["compute_dtype"],
         attention=run.attention,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64
@@ -15,6 +16,7 @@ from featstore.extraction.plan import failed_blocks
 from featstore.objects import Place
 from featstore.store import commits, ledger
 from featstore.store.commits import BlockWriter
+from featstore.store.decisions import is_marked
 from featstore.store.layout import ArraySpec, read_spec
 
 
@@ -34,84 +36,120 @@ class Blocks:
         self.position = {int(row): i for i, row in enumerate(self.row_index)}
         self.ranges = {block: (start, stop) for block, start, stop in book.blocks(self.rows_per_block)}
 
-    def jobs(self, batch_size: int, *, only: set[int] | None = None) -> dict[tuple[str, ...], list[Job]]:
-        """Batches of every block (or of those in `only`) not committed yet, by the array groups that lack the block.
+    def lacking(self) -> dict[int, tuple[str, ...]]:
+        """Blocks with rows of the manifest that are not committed yet, and the array groups that lack each of them.
 
-        One pass over the images serves all groups that lack them. Where batches are cut depends on the block alone.
+        With `retry_failed` also those that hold failed images.
         """
+        done = self.committed()
+        found = {}
+        for block, (start, stop) in self.ranges.items():
+            groups = tuple(group for group in done if block not in done[group])
+            # Rows that only an older manifest has are not here to be read any more.
+            if groups and any(row in self.position for row in range(start, stop)):
+                found[block] = groups
+        return found
+
+    def committed(self) -> dict[str, set[int]]:
+        """Committed blocks of every array group."""
         done = {}
         for group in self.groups:
             done[group] = commits.committed_blocks(self.folder, group)
             if self.retry_failed:
                 done[group] -= failed_blocks(self.folder, group, self.position.keys())
-        jobs: dict[tuple[str, ...], list[Job]] = {}
-        for block, (start, stop) in self.ranges.items():
-            lacking = tuple(group for group in done if block not in done[group])
-            # Rows that only an older manifest has are not here to be read any more.
-            here = any(row in self.position for row in range(start, stop))
-            if not lacking or not here or (only is not None and block not in only):
-                continue
-            for first in range(start, stop, batch_size):
-                rows = range(first, min(first + batch_size, stop))
-                jobs.setdefault(lacking, []).append(Job(block, tuple(self.position.get(row, GONE) for row in rows)))
-        return jobs
+        return done
 
-    def write(
-        self,
-        groups: tuple[str, ...],
-        batches: Iterable[Batch],
-        rows_of: Callable[[Batch, list[ArraySpec]], dict[str, np.ndarray]],
-        after: Callable[[Batch], None],
-    ) -> int:
-        """Commit the blocks that `batches` make up, for some groups; returns their number.
+    def still_lacking(self, block: int, groups: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of some array groups of a block that nobody has committed by now."""
+        if self.retry_failed:  # a marker says nothing about who tried again
+            return groups
+        return tuple(group for group in groups if not is_marked(self.folder, group, block))
 
-        `rows_of` gives the rows of every array for a batch; `after` is called when they are written.
-        """
-        arrays = [array for group in groups for array in self.groups[group]]
-        writers: list[BlockWriter] = []
-        kept: list[Kept] = []
-        first = committed = 0
-        try:
-            for batch in batches:
-                if not writers:
-                    writers = [self._writer(group, batch.job.block) for group in groups]
-                    kept = [read_kept(self.folder, item.group, item.arrays, item.block) for item in writers]
-                    first = writers[0].start
-                    for writer in writers:
-                        writer.__enter__()
-                rows = rows_of(batch, arrays)
-                for writer, before in zip(writers, kept):
-                    own = {array.name: rows[array.name] for array in writer.arrays}
-                    writer.append(*before.fill(first, batch.job.rows, own, batch.states))
-                first += len(batch.states)
-                after(batch)
-                while writers and writers[0].done:
-                    self._commit(writers[0])
-                    writers.pop(0).__exit__()
-                    committed += 1
-        finally:
-            for writer in writers:
-                writer.__exit__()
-        return committed
-
-    def _writer(self, group: str, block: int) -> BlockWriter:
+    def cut(self, block: int, groups: tuple[str, ...], batch_size: int, *, lane: int = 0, kind: int = 0) -> list[Job]:
+        """The batches of a block. Where they are cut depends on the block alone; one pass serves all array groups."""
         start, stop = self.ranges[block]
-        return BlockWriter(self.folder, group, self.groups[group], block, start, stop, self.rows_per_block)
+        return [
+            Job(
+                block,
+                tuple(self.position.get(row, GONE) for row in range(first, min(first + batch_size, stop))),
+                lane,
+                kind,
+                groups,
+            )
+            for first in range(start, stop, batch_size)
+        ]
 
-    def _commit(self, writer: BlockWriter) -> None:
-        if self.retry_failed:  # only now that the new rows are there
-            commits.take_back(self.folder, writer.group, writer.arrays, writer.block, self.rows_per_block)
-        writer.commit()
+
+class Writing:
+    """Blocks of one set on their way to the disk: rows are added batch by batch, a whole block is committed.
+
+    A context: what is not whole when it is left is dropped. `committed` is called with each block that is committed by
+    then; `count` are those, an array group each, that are what was written here and not by somebody else.
+    """
+
+    def __init__(
+        self, blocks: Blocks, *, stage: Path | None = None, committed: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self.blocks = blocks
+        self.count = 0
+        self.notes: dict[str, None] = {}  # what there is to say about how blocks were written, each once
+        self._stage = stage
+        self._committed = committed
+        self._writers: list[BlockWriter] = []
+        self._kept: list[Kept] = []
+        self._first = 0
+
+    def __enter__(self) -> "Writing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        writers, self._writers = self._writers, []
+        for writer in writers:
+            writer.__exit__()
+
+    def add(self, batch: Batch, rows: dict[str, np.ndarray]) -> None:
+        """Write the next batch of a block, `rows` of every array of its groups; the last one commits it."""
+        if not self._writers:
+            self._begin(batch.job)
+        for writer, before in zip(self._writers, self._kept):
+            own = {array.name: rows[array.name] for array in writer.arrays}
+            writer.append(*before.fill(self._first, batch.job.rows, own, batch.states))
+        self._first += len(batch.states)
+        if self._writers[0].done:
+            for writer, before in zip(list(self._writers), self._kept):
+                # What was tried again takes the place of what is committed, which stands until then.
+                self.count += writer.commit(over=before.marker if self.blocks.retry_failed else None)
+                self._writers.remove(writer)
+                writer.__exit__()
+                self.notes.update(dict.fromkeys(writer.notes))
+            self._committed(batch.job.block)
+
+    def _begin(self, job: Job) -> None:
+        start, stop = self.blocks.ranges[job.block]
+        size = self.blocks.rows_per_block
+        made = [
+            BlockWriter(
+                self.blocks.folder, group, self.blocks.groups[group], job.block, start, stop, size, stage=self._stage
+            )
+            for group in job.groups
+        ]
+        self._kept = [read_kept(self.blocks.folder, item.group, item.arrays, item.block) for item in made]
+        self._first = start
+        for writer in made:
+            writer.__enter__()
+            self._writers.append(writer)
 
 
 @dataclass(slots=True)
 class Tally:
     """Images done so far. One counts once, however often it is read; a sample that left the data set does not.
 
-    `allowed` failures of all are too many for `--max-failed`.
+    More failures than `share` of `total`, the images that all processes together are to do, are too many, whoever meets
+    them: one process alone ends when it has met so many, and `check_failures` counts those of all.
     """
 
-    allowed: float
+    share: float
+    total: float
     asked: str
     computed: int = 0
     failed: int = 0
@@ -132,17 +170,41 @@ class Tally:
             if state.reason is not None:
                 self.failed += 1
                 self.reasons[state.reason] = self.reasons.get(state.reason, 0) + 1
-        if self.failed > self.allowed:
+        self.check()
+
+    def check(self) -> None:
+        """Raise `FeatstoreError` where more images have failed than `--max-failed` allows."""
+        if self.failed > self.share * max(self.total, self.computed):
             raise FeatstoreError(
                 f"{self.failed} images could not be decoded, more than --max-failed {self.asked} allows; "
                 f"the last reason: {list(self.reasons)[-1]}; what is committed stays"
             )
 
 
-def tally_of(jobs: Iterable[Job], run: RunConfig) -> Tally:
-    """A tally for all images of some jobs."""
-    images = {row for job in jobs for row in job.rows} - {GONE}
-    return Tally(parse_share(run.max_failed) * len(images), run.max_failed)
+def tally_of(images: int, run: RunConfig) -> Tally:
+    """A tally for a pass over so many images, by one process or by several."""
+    return Tally(parse_share(run.max_failed), float(images), run.max_failed)
+
+
+def check_failures(blocks: Blocks, done: Iterable[tuple[int, tuple[str, ...]]], own: Tally) -> None:
+    """Judge a pass that is complete by the markers of its blocks, `done` as (block, array groups), whoever wrote them.
+
+    `own` is what this process did of it.
+
+    Raises:
+        FeatstoreError: more images failed in all than `--max-failed` allows.
+    """
+    if own.share >= 1 or own.computed >= own.total:  # none can be too many; it has met all of them
+        return
+    wanted: dict[str, list[int]] = {}
+    for block, groups in done:
+        for group in groups:
+            wanted.setdefault(group, []).append(block)
+    failed: dict[int, str] = {}
+    for group, numbers in wanted.items():
+        for _, commit in sorted(commits.read_commits(blocks.folder, group, numbers).items()):
+            failed.update((row, why) for row, why in commit.failed.items() if row in blocks.position)
+    Tally(own.share, own.total, own.asked, failed=len(failed), reasons=dict.fromkeys(failed.values(), 0)).check()
 
 
 def progress_of(batch: Batch) -> tuple[int, int]:

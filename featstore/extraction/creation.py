@@ -1,5 +1,6 @@
 """A set before its first row: measured against float32, its reductions settled, its spec written; or opened again."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from featstore.backbones.tokens import Backbone, Tokens
 from featstore.configs import RunConfig
 from featstore.extraction.backbone import load_for_set
 from featstore.extraction.batching import Pieces, default_batch_size
+from featstore.extraction.claims import Claims
 from featstore.extraction.plan import Plan
 from featstore.extraction.precision import gate, is_exact
 from featstore.extraction.prepare import prepare
@@ -25,6 +27,8 @@ TORCH_DTYPES = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
+CREATION = 10**8 - 1  # the piece of work that making a set is
+LOOK = 0.5  # seconds between two looks whether another process has made it
 Say = Callable[[str], None]
 
 
@@ -46,6 +50,22 @@ def create_set(
     if not measured and not reduced:
         prepare(plan)
         return plan, backbone, []
+    # Not in the set's folder, which is to be there only if the set can be made.
+    place = plan.folder.parents[2] / "cache" / f"creating-{plan.folder.name}"
+    with Claims(place, patience=run.patience) as claims:
+        while not claims.is_free(CREATION) or not claims.take(CREATION):
+            time.sleep(LOOK)  # another process is measuring: what it finds stands
+        return _create(plan, run, device, backbone, say)
+
+
+def _create(
+    plan: Plan, run: RunConfig, device: str, backbone: Backbone | None, say: Say
+) -> tuple[Plan, Backbone | None, list[str]]:
+    measured = not (plan.folder / "spec.json").is_file() and not is_exact(plan.spec["identity"])
+    reduced = bool(reductions.steps_of(plan.spec))
+    if not measured and not reduced:
+        prepare(plan)
+        return replace(plan, spec=read_spec(plan.folder)), backbone, []
     backbone = backbone or load_backbone(plan, run, device)
     size = batch_size(plan, run, device, backbone)
     forward = _in_pieces(plan, device, backbone, size)

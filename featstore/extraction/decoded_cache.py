@@ -5,11 +5,12 @@ different. C is 1 as long as every image is grey; the first one in colour starts
 over what the grey one holds. Rows, commits, checksums, failed rows and content hashes are those of any set.
 """
 
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,31 @@ from jaxtyping import Int64, UInt8
 
 from featstore.configs import RunConfig
 from featstore.datasets.manifest import Manifest
-from featstore.errors import ConfigError
-from featstore.extraction.blocks import Blocks, progress_of, tally_of
-from featstore.extraction.loader import AHEAD, GONE, NO_CONTENT, Batch, Images, Job, check_files, open_loader
+from featstore.errors import ConfigError, FeatstoreError, StoreError
+from featstore.extraction.blocks import Blocks, Writing, check_failures, progress_of, tally_of
+from featstore.extraction.claims import CLAIMS, Claims
+from featstore.extraction.loader import (
+    AHEAD,
+    END,
+    GONE,
+    NO_CONTENT,
+    Batch,
+    Images,
+    Job,
+    Work,
+    check_files,
+    open_loader,
+)
 from featstore.extraction.plan import Plan, committed_contents, existing_spec, missing_rows
 from featstore.extraction.prepare import prepare_set
+from featstore.extraction.sharing import Sharing
+from featstore.extraction.stopping import Stop
 from featstore.images import PreprocessSpec
 from featstore.objects import Place
 from featstore.store import commits, ledger
 from featstore.store.catalog import Store
 from featstore.store.commits import Commit, RowState
+from featstore.store.decisions import marker_path
 from featstore.store.layout import DECODED, LEFT, ArraySpec, block_rows, make_spec, set_folder
 from featstore.store.locks import writer_lock
 from featstore.store.reader import ShardedArray
@@ -34,6 +50,8 @@ from featstore.store.reader import ShardedArray
 ARRAY = "pixels"
 BATCH = 64  # images written at once
 MAX_BLOCK = 4096  # rows of a block: what a kill costs is some minutes of decoding
+BACK_SECONDS = 60.0  # for which a block that another process has taken back, to decode it again, is waited for
+LOOK = 0.05  # seconds between two looks whether it is there again
 _NORMALISATION = ("image_mean", "image_std")  # of a processor: not in the pixels that are kept
 
 
@@ -112,10 +130,16 @@ def find_cache(root: Place, manifest: Manifest, preprocess: PreprocessSpec) -> C
     return colour if colour.exists else _cache(root, manifest, preprocess, 1)
 
 
-def _cache(root: Place, manifest: Manifest, preprocess: PreprocessSpec, channels: int) -> Cache:
+def pixels_of(preprocess: PreprocessSpec) -> dict[str, Any]:
+    """What of a preprocessing makes the pixels before mean and std, which are applied on the device."""
     pixels = {name: value for name, value in preprocess.as_dict().items() if name not in ("mean", "std")}
     if pixels["processor"] is not None:
         pixels["processor"] = {name: value for name, value in pixels["processor"].items() if name not in _NORMALISATION}
+    return pixels
+
+
+def _cache(root: Place, manifest: Manifest, preprocess: PreprocessSpec, channels: int) -> Cache:
+    pixels = pixels_of(preprocess)
     height, width = preprocess.height, preprocess.width
     spec = make_spec(
         dataset=manifest.name,
@@ -140,10 +164,13 @@ def fill_cache(
     *,
     advance: Callable[[int, int], None] = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
+    stop: Stop | None = None,
 ) -> tuple[Cache, list[str]]:
     """Decode what the cache lacks of a plan's data set, needed by the plan or not; returns it with lines to print.
 
-    `advance(images, failed)` is called after each batch, `say(line)` before anything is decoded.
+    `advance(images, failed)` is called after each batch, `say(line)` before anything is decoded. Several processes
+    share the work, whatever `run.take_over` says, and none returns before the cache is complete: each reads all kinds
+    of blocks from it. With `run.retry_failed` every block with failed images has been decoded again since the call.
 
     Raises:
         ConfigError: the preprocessing does not end in 8 bits.
@@ -156,24 +183,34 @@ def fill_cache(
             lock.renew()
             advance(images, failed)
 
-        cache, decoded = find_cache(root, plan.manifest, plan.preprocess), 0
-        notes: dict[str, None] = {}
-        while len(lacking := cache.missing(retry_failed=run.retry_failed)):
-            say(f"{plan.name}: decoding {len(lacking)} images")
-            check_files(plan.manifest, lacking)
-            filling = _Filling(root, cache, run)
+        cache, retry = find_cache(root, plan.manifest, plan.preprocess), run.retry_failed
+        gray = _cache(root, plan.manifest, plan.preprocess, 1)
+        fillings: list[_Filling] = []
+        while stop is None or not stop.asked:
+            uses_gray = cache.channels == 1 or gray.exists
             try:
-                filling.fill(lacking, alive)
+                lacking = cache.missing(retry_failed=retry)
+                if not len(lacking):
+                    break
+                say(f"{plan.name}: decoding {len(lacking)} images")
+                check_files(plan.manifest, lacking)
+                fillings.append(_Filling(cache, gray, replace(run, retry_failed=retry)))
+                fillings[-1].fill(lacking, alive, stop)
+                # Others may have taken blocks back since, or begun a cache in colour.
+                cache, retry = find_cache(root, plan.manifest, plan.preprocess), False
             except _Coloured:
                 cache = _cache(root, plan.manifest, plan.preprocess, 3)
-            decoded += filling.decoded
-            notes.update(dict.fromkeys(filling.notes))
+            except OSError:
+                found = find_cache(root, plan.manifest, plan.preprocess)
+                if not uses_gray or gray.exists or found.channels == 1:
+                    raise
+                cache = found  # complete, so that another process took the grey one away that this one was at
             commits.sweep_attempts(cache.folder, older_than=commits.STALE_SECONDS)
-            if not filling.stopped:
-                break
         if cache.exists and not cache.is_mapped:  # a manifest with nothing new
             cache.prepare()
-        lines = [*notes, *_drop_gray(root, cache)]
+        notes = dict.fromkeys(note for filling in fillings for note in filling.notes)
+        decoded = sum(filling.decoded for filling in fillings)
+        lines = [*notes, *_drop_gray(root, cache, gray, run.patience)]
     if decoded or len(plan.todo):
         lines.insert(
             0, f"{decoded} images decoded into {cache.name}{', from which all are read' * bool(len(plan.todo))}"
@@ -181,124 +218,246 @@ def fill_cache(
     return cache, lines
 
 
-def _drop_gray(root: Place, cache: Cache) -> list[str]:
-    """Remove the grey cache once the coloured one has all that it holds; returns lines to print."""
-    if cache.channels == 1 or not (gray := _cache(root, cache.manifest, cache.preprocess, 1)).exists:
+def _drop_gray(root: Place, cache: Cache, gray: Cache, patience: float) -> list[str]:
+    """Remove the grey cache once the coloured one has all that it holds; returns lines to print.
+
+    Where others are still at one of the two it stays for now: the last of them removes it.
+    """
+    if cache.channels == 1 or not gray.exists or any(_is_claimed(folder, patience) for folder in (cache, gray)):
         return []
     name = f"{gray.name}-{gray.spec['fingerprint'][:8]}"
-    if not gray.contents() <= cache.contents():
-        return [
-            f"{name}: this grey cache stays, as it holds images that the one in colour lacks; "
-            f"`featstore rm {name}` removes it"
-        ]
-    Store(root).remove(name)
-    return []
+    try:
+        if not gray.contents() <= cache.contents():
+            return [
+                f"{name}: this grey cache stays, as it holds images that the one in colour lacks; "
+                f"`featstore rm {name}` removes it"
+            ]
+        Store(root).remove(name)
+    except (OSError, FeatstoreError):
+        if gray.exists:
+            raise
+    return []  # gone; if that failed, then because another process was faster
+
+
+def _is_claimed(cache: Cache, patience: float) -> bool:
+    """Whether a living process is at a block of a cache."""
+    claims = Claims(cache.folder / CLAIMS, patience=patience)
+    now = claims.now()
+    return any(not claim.is_over(now, patience) for held in claims.survey().values() for claim in held)
+
+
+class _Again:
+    """The blocks that are to be decoded again although they are committed: which have been since, by whomever.
+
+    That is told by another marker in the place of the one that was there. A block whose images fail again keeps its
+    marker: then every process decodes it for itself.
+    """
+
+    def __init__(self, folder: Place, units: dict[int, tuple[str, ...]]):
+        self._folder, self._units = folder, units
+        self._before = {block: self._markers(block) for block in units}
+        self._own: set[int] = set()
+
+    def add(self, block: int) -> None:
+        """This process has committed one."""
+        self._own.add(block)
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._own or all(
+            now not in (None, before) for now, before in zip(self._markers(block), self._before[block])
+        )
+
+    def _markers(self, block: int) -> list[tuple[Any, ...] | None]:
+        found: list[tuple[Any, ...] | None] = []
+        for group in self._units[block]:
+            try:
+                facts: Any = marker_path(self._folder, group, block).stat()
+                found.append((facts.st_mtime, *(getattr(facts, name, None) for name in ("st_ino", "e_tag"))))
+            except FileNotFoundError:
+                found.append(None)
+        return found
 
 
 class _Filling:
-    """One pass that fills a cache; `stopped` when a coloured image came to a grey one."""
+    """One pass that fills a cache, shared with other processes."""
 
-    def __init__(self, root: Place, cache: Cache, run: RunConfig):
+    def __init__(self, cache: Cache, gray: Cache, run: RunConfig):
         self.cache, self.run = cache, run
         self.decoded = 0
-        self.stopped = False
         self.notes: list[str] = []
-        self.gray = _cache(root, cache.manifest, cache.preprocess, 1) if cache.channels == 3 else None
+        self.gray = gray if cache.channels == 3 else None
         cache.prepare()
         self.blocks = Blocks(cache.folder, cache.manifest, [ARRAY], retry_failed=run.retry_failed)
 
-    def fill(self, lacking: Int64[np.ndarray, " K"], advance: Callable[[int, int], None]) -> None:
+    def fill(self, lacking: Int64[np.ndarray, " K"], advance: Callable[[int, int], None], stop: Stop | None) -> None:
         wanted = set((self.blocks.row_index[lacking] // self.blocks.rows_per_block).tolist())
-        for groups, jobs in self.blocks.jobs(BATCH, only=wanted).items():
-            tally = tally_of(jobs, self.run)
+        units = {block: groups for block, groups in self.blocks.lacking().items() if block in wanted}
+        tally = tally_of(len(lacking), self.run)
+        again = _Again(self.cache.folder, units) if self.run.retry_failed else None
 
-            def after(batch: Batch, tally: Any = tally) -> None:
+        def jobs(block: int) -> list[Job]:
+            if again is not None and block in again:
+                return []
+            still = self.blocks.still_lacking(block, units[block])
+            return self.blocks.cut(block, still, BATCH) if still else []
+
+        def left() -> list[int]:
+            if again is not None:
+                return [block for block in units if block not in again]
+            done = self.blocks.committed()
+            return [block for block, groups in units.items() if any(block not in done[group] for group in groups)]
+
+        def committed(block: int) -> None:
+            if again is not None:
+                again.add(block)
+            sharing.committed(block)
+
+        # Every process needs all of it: none may end while blocks are left, and `again` knows which were tried again.
+        shared = replace(self.run, take_over=True, retry_failed=False)
+        with (
+            Sharing(self.cache.folder, list(units), left, jobs, shared, stop) as sharing,
+            Writing(self.blocks, committed=committed) as writing,
+            closing(self._batches(sharing)) as batches,
+        ):
+            for batch in batches:
+                if stop is not None and stop.asked:
+                    break
+                writing.add(batch, self._rows(batch))
                 tally.add(batch)
                 advance(*progress_of(batch))
+        if not left():
+            check_failures(self.blocks, units.items(), tally)
 
-            self.blocks.write(groups, self._batches(jobs), self._rows, after)
-
-    def _rows(self, batch: Batch, arrays: list[ArraySpec]) -> dict[str, np.ndarray]:
+    def _rows(self, batch: Batch) -> dict[str, np.ndarray]:
         rows = batch.pixels
         if rows.shape[1] > self.cache.channels:
-            self.stopped = True
             raise _Coloured
         return {ARRAY: np.ascontiguousarray(np.broadcast_to(rows, (len(rows), *self.cache.array.row_shape)))}
 
-    def _batches(self, jobs: list[Job]) -> Iterator[Batch]:
+    def _batches(self, work: Iterable[list[Job] | None]) -> Generator[Batch]:
         """From a grey cache where that has all of a batch, else decoded; in the order of the jobs."""
+        held: set[int] = set()
+        if self.gray is not None and self.gray.exists and not self.run.retry_failed:
+            held = {*range(len(self.cache.manifest)), GONE} - set(self.gray.missing(retry_failed=False).tolist())
+        given: deque[Job | None] = deque()  # those of the grey cache, None for one that is decoded
+
+        def through_loader() -> Iterator[Work | Job]:
+            for jobs in work:
+                for job in jobs or ():
+                    is_held = held.issuperset(job.rows) and any(row != GONE for row in job.rows)
+                    given.append(job if is_held else None)
+                    # Its place among the others is kept by a row that is not decoded, so that nothing is held back.
+                    yield replace(job, rows=(GONE,)) if is_held else job
+                yield None  # give out what there is before more is asked for
+
         with ExitStack() as stack:
-            held: Images | None = None
-            ready: set[int] = set()
-            if self.gray is not None and self.gray.exists and not self.run.retry_failed:
-                rows = np.array(sorted({row for job in jobs for row in job.rows} - {GONE}), np.int64)
-                ready = {*rows.tolist(), GONE} - set(self.gray.missing(retry_failed=False).tolist())
-                kept = [job for job in jobs if ready.issuperset(job.rows) and any(row != GONE for row in job.rows)]
-                ready = {id(job) for job in kept}
-                held = stack.enter_context(CachedImages(self.gray, kept)) if kept else None
+            gray = CachedImages([self.gray], ()) if self.gray is not None and held else None
+            if gray is not None:
+                stack.enter_context(gray)
             loader = stack.enter_context(
-                open_loader(
-                    self.cache.manifest,
-                    self.cache.preprocess,
-                    [job for job in jobs if id(job) not in ready],
-                    self.run,
-                )
+                open_loader(self.cache.manifest, self.cache.preprocess, through_loader(), self.run)
             )
-            from_gray, decoded = iter(held or ()), iter(loader)
             try:
-                for job in jobs:
-                    batch = next(from_gray if id(job) in ready else decoded)
-                    if id(job) not in ready:
+                for batch in loader:
+                    job = given.popleft()
+                    if job is not None and gray is not None:
+                        yield gray.read(job)
+                    else:
                         self.decoded += progress_of(batch)[0]
-                    yield batch
+                        yield batch
             finally:
                 self.notes += loader.notes
 
 
 class CachedImages(Images):
-    """Batches of `jobs` as `Loader` gives them, read from a cache that is complete for them; checksums are verified."""
+    """Batches of `work` as `Loader` gives them, read from caches that are complete for them, one a preprocessing.
 
-    def __init__(self, cache: Cache, jobs: list[Job]):
-        self.jobs = jobs
-        self._cache = cache
-        self._size = int(cache.spec["layout"]["block_rows"])
-        self._row_index = cache.row_index()  # a grey one that is taken over need not have been told of the manifest
-        rows = np.array(sorted({row for job in jobs for row in job.rows} - {GONE}), np.int64)
-        blocks = np.unique(self._row_index[rows] // self._size).tolist()
-        group = ledger.read_ledger(cache.folder).group_of(ARRAY)
-        self._commits: dict[int, Commit] = commits.read_commits(cache.folder, group, blocks)
-        self._stored = ShardedArray(cache.folder / "data.zarr" / ARRAY)
+    Checksums are verified.
+    """
+
+    def __init__(self, caches: Sequence[Cache], work: Iterable[Work | Job]):
+        self._work = work
+        self._cached = [_Cached(cache) for cache in caches]
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="decoded")
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._stored.close()
+        for cached in self._cached:
+            cached.stored.close()
 
     def __iter__(self) -> Iterator[Batch]:
         waiting: deque[Future[Batch]] = deque()
-        upcoming = iter(self.jobs)
-        while True:
-            while len(waiting) <= AHEAD and (job := next(upcoming, None)) is not None:
-                waiting.append(self._pool.submit(self._read, job))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
+        upcoming = self._upcoming()
+        ended = False
+        while not ended or waiting:
+            flush = ended
+            while not flush and len(waiting) <= AHEAD:
+                found: Any = next(upcoming, END)
+                ended = found is END
+                flush = ended or found is None
+                if not flush:
+                    waiting.append(self._pool.submit(self.read, found))
+            for _ in range(len(waiting) if flush else 1):
+                yield waiting.popleft().result()
 
-    def _read(self, job: Job) -> Batch:
-        states = [self._state(row) for row in job.rows]
-        good = [slot for slot, state in enumerate(states) if state.reason is None]
-        pixels: UInt8[np.ndarray, "B C H W"] = np.zeros((len(states), *self._cache.array.row_shape), np.uint8)
-        if good:
-            rows = self._row_index[[job.rows[slot] for slot in good]]
-            if len(good) == len(states):
-                self._stored.gather(rows, out=pixels, verify=True)
+    def _upcoming(self) -> Iterator[Job | None]:
+        for given in self._work:
+            if given is None or isinstance(given, Job):
+                yield given
             else:
-                pixels[good] = self._stored.gather(rows, verify=True)
+                yield from given
+
+    def read(self, job: Job) -> Batch:
+        """One batch."""
+        cached = self._cached[job.kind]
+        states = [cached.state(row) for row in job.rows]
+        good = [slot for slot, state in enumerate(states) if state.reason is None]
+        pixels: UInt8[np.ndarray, "B C H W"] = np.zeros((len(states), *cached.cache.array.row_shape), np.uint8)
+        if good:
+            rows = cached.row_index[[job.rows[slot] for slot in good]]
+            if len(good) == len(states):
+                cached.stored.gather(rows, out=pixels, verify=True)
+            else:
+                pixels[good] = cached.stored.gather(rows, verify=True)
         return Batch(job, pixels, states)
 
-    def _state(self, row: int) -> RowState:
+
+class _Cached:
+    """A cache that is read; markers are read when a block is first wanted."""
+
+    def __init__(self, cache: Cache):
+        self.cache = cache
+        self.row_index = cache.row_index()  # a grey one that is taken over need not have been told of the manifest
+        self.stored = ShardedArray(cache.folder / "data.zarr" / ARRAY)
+        self._size = int(cache.spec["layout"]["block_rows"])
+        self._group = ledger.read_ledger(cache.folder).group_of(ARRAY)
+        self._commits: dict[int, Commit] = {}
+
+    def state(self, row: int) -> RowState:
+        """What became of a row of the manifest."""
         if row == GONE:
             return RowState(NO_CONTENT, LEFT)
-        held = int(self._row_index[row])
-        commit = self._commits[held // self._size]
+        held = int(self.row_index[row])
+        block = held // self._size
+        if block not in self._commits:
+            self._commits[block] = self._read(block)
+        commit = self._commits[block]
         return RowState(commit.content(held), commit.failed.get(held))
+
+    def _read(self, block: int) -> Commit:
+        """Its marker, which is away for a moment where another process tries failed images again."""
+        end = time.monotonic() + BACK_SECONDS
+        while True:
+            try:
+                return commits.read_commit(self.cache.folder, self._group, block)
+            except FileNotFoundError as error:
+                if not self.cache.exists:
+                    raise StoreError(
+                        f"{self.cache.folder}: removed while it was read; run the same command again"
+                    ) from error
+                if time.monotonic() >= end:
+                    raise StoreError(
+                        f"{self.cache.name}: block {block} was taken back, to be decoded again, and is not there after "
+                        f"{BACK_SECONDS:g} s; run the same command again"
+                    ) from error
+            time.sleep(LOOK)

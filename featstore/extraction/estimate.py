@@ -30,7 +30,7 @@ def matmul_gflops(device: str, dtype: torch.dtype, *, seconds: float = 0.1) -> f
     return 2e-9 * size**3 / best
 
 
-def forward_seconds(gflop: float, device: str, compute_dtype: str) -> float:
+def forward_seconds(gflop: float, device: str, compute_dtype: str, *, seconds: float = 0.1) -> float:
     """Estimated seconds of backbone work, decoding not included."""
     share = EFFICIENCY.get((device.partition(":")[0], compute_dtype), OTHERWISE)
-    return gflop / (share * matmul_gflops(device, getattr(torch, compute_dtype)))
+    return gflop / (share * matmul_gflops(device, getattr(torch, compute_dtype), seconds=seconds))

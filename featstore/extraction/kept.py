@@ -9,17 +9,19 @@ from featstore.extraction.loader import GONE
 from featstore.objects import Place
 from featstore.store import commits
 from featstore.store.commits import Commit, RowState
+from featstore.store.decisions import marker_path, read_marker
 from featstore.store.layout import ArraySpec
 from featstore.store.reader import ShardedArray
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One array group of one block as it is committed by now; `commit` is None where it is not."""
+    """One array group of one block as it is committed by now, by the bytes `marker`; both are None where it is not."""
 
     folder: Place
     arrays: list[ArraySpec]
     commit: Commit | None
+    marker: bytes | None
 
     def fill(
         self, first: int, job_rows: tuple[int, ...], rows: dict[str, np.ndarray], states: list[RowState]
@@ -45,7 +47,8 @@ class Kept:
 
 def read_kept(folder: Place, group: str, arrays: list[ArraySpec], block: int) -> Kept:
     """What is committed of a block."""
-    found = None
+    found = marker = None
     with contextlib.suppress(FileNotFoundError):
-        found = commits.read_commit(folder, group, block)
-    return Kept(folder, arrays, found)
+        marker = read_marker(folder, group, block)
+        found = commits.parse_commit(marker, marker_path(folder, group, block))
+    return Kept(folder, arrays, found, marker)

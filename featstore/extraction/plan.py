@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from featstore import files
-from featstore.backbones import BackboneSource, describe
+from featstore.backbones import BackboneSource, describe, describe_facts
 from featstore.backbones.catalogue import check_set_name, pretraining_of
 from featstore.configs import RunConfig, SetConfig, parse_layers, parse_reduce, parse_tokens, parse_window
 from featstore.datasets.manifest import Manifest
@@ -43,6 +43,7 @@ class Plan:
     layers: tuple[int, ...]
     missing: dict[str, Int64[np.ndarray, " M"]]
     notes: list[str]
+    rows: Int64[np.ndarray, " N"]  # of the manifest's samples in the set; negative: it has none yet
 
     @property
     def name(self) -> str:
@@ -280,7 +281,8 @@ def make_plan(
     if not (folder / "spec.json").is_file():
         check_name(store, dataset, config, source)
     spec = existing_spec(folder, spec, config.block_rows)
-    missing = missing_rows(folder, manifest, arrays, spec, retry_failed=run.retry_failed)
+    rows = held_rows(folder, manifest, spec)
+    missing = missing_rows(folder, manifest, arrays, spec, rows=rows, retry_failed=run.retry_failed)
     if any(len(rows) for rows in missing.values()):
         check_not_archived(folder)
     return Plan(
@@ -293,6 +295,7 @@ def make_plan(
         layers=layers,
         missing=missing,
         notes=notes + lines,
+        rows=rows,
     )
 
 
@@ -349,14 +352,14 @@ def describe_published(name: str, preprocess: PreprocessSpec) -> tuple[dict[str,
     ]
 
 
-def describe_backbone(store: Store, config: SetConfig) -> BackboneSource:
-    """Name, weights digest and architecture, without loading the network.
+def describe_backbone(store: Store, config: SetConfig, *, facts: bool = False) -> BackboneSource:
+    """Name, weights digest and architecture, without loading the network; `facts`: without weights too if need be.
 
     Raises:
         ConfigError: an intensity or a preset that cannot be; said before any backbone is looked for.
     """
     canonical_intensity(apply_published(config).intensity)
-    return describe(
+    return (describe_facts if facts else describe)(
         config.model,
         weights=config.weights,
         random_weights=config.random_weights,
@@ -384,20 +387,34 @@ def existing_spec(folder: Place, spec: dict[str, Any], asked_block_rows: int | N
     return held
 
 
+def held_rows(folder: Place, manifest: Manifest, spec: dict[str, Any]) -> Int64[np.ndarray, " N"]:
+    """Row of every sample of a manifest in a set; those that it does not know yet lie in block -1, never committed."""
+    size = int(spec["layout"]["block_rows"])
+    if not (folder / "spec.json").is_file():
+        return np.full(len(manifest), -size, np.int64)
+    try:
+        return ledger.read_rows(folder, manifest.short)
+    except IncompleteError:
+        held = ledger.preview_rows(folder, manifest, lambda: committed_contents(folder))
+        return np.where(held < 0, -size, held)
+
+
 def missing_rows(
-    folder: Place, manifest: Manifest, arrays: list[ArraySpec], spec: dict[str, Any], *, retry_failed: bool
+    folder: Place,
+    manifest: Manifest,
+    arrays: list[ArraySpec],
+    spec: dict[str, Any],
+    *,
+    rows: Int64[np.ndarray, " N"] | None = None,
+    retry_failed: bool,
 ) -> dict[str, Int64[np.ndarray, " M"]]:
-    """Manifest rows that each array lacks."""
+    """Manifest rows that each array lacks; `rows` is what `held_rows` says, if that is known already."""
     everything = np.arange(len(manifest))
     if not (folder / "spec.json").is_file():
         return {array.name: everything for array in arrays}
     book = ledger.read_ledger(folder)
     size = int(spec["layout"]["block_rows"])
-    try:
-        rows = ledger.read_rows(folder, manifest.short)
-    except IncompleteError:
-        held = ledger.preview_rows(folder, manifest, lambda: committed_contents(folder))
-        rows = np.where(held < 0, -size, held)  # block -1 is never committed
+    rows = held_rows(folder, manifest, spec) if rows is None else rows
     missing = {}
     for array in arrays:
         done: set[int] = set()

@@ -4,6 +4,7 @@ from typing import Any
 
 from featstore import files
 from featstore.datasets.manifest import Manifest
+from featstore.extraction.claims import sweep_claims
 from featstore.extraction.plan import Plan, committed_contents
 from featstore.objects import Place
 from featstore.store import commits, ledger
@@ -30,3 +31,4 @@ def prepare_set(folder: Place, spec: dict[str, Any], arrays: list[ArraySpec], ma
     ledger.write_metadata(folder, spec, book)
     commits.finish_intents(folder, book, int(spec["layout"]["block_rows"]))
     commits.sweep_attempts(folder, older_than=commits.STALE_SECONDS)
+    sweep_claims(folder)

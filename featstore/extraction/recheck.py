@@ -20,8 +20,9 @@ from featstore.errors import ConfigError, IncompleteError, MissingWeightsError, 
 from featstore.extraction.backbone import load_for_set
 from featstore.extraction.batching import default_batch_size
 from featstore.extraction.creation import TORCH_DTYPES
+from featstore.extraction.lane import pick
 from featstore.extraction.loader import Batch, Job, open_loader
-from featstore.extraction.pipeline import choose_device, pick
+from featstore.extraction.pipeline import choose_device
 from featstore.extraction.reduce import Reducer
 from featstore.images import PreprocessSpec, to_pixels
 from featstore.request import request_of

@@ -14,7 +14,10 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,7 +25,9 @@ from typing import Any
 import numpy as np
 
 from featstore.errors import FeatstoreError
-from featstore.extraction.loader import Loaded, Sample, load_image
+from featstore.extraction.loader import Loaded, Sample, Several, load_images
+from featstore.extraction.memory import FREE, Gate, Turn, decode_limit
+from featstore.extraction.stages import Stage
 from featstore.files import retry
 from featstore.images import PreprocessSpec
 from featstore.images.opening import OpenFiles
@@ -41,6 +46,15 @@ CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.
 _ORPHAN_SECONDS = 1.0  # between two looks of a worker whether its parent lives
 
 
+@dataclass(slots=True)
+class _Task:
+    """One sample in some of the pool's preprocessings."""
+
+    sample: Sample
+    kinds: tuple[int, ...]
+    future: "Future[Several]" = field(default_factory=Future)
+
+
 class WorkerPool:
     """Decodes samples in `workers` processes; each keeps the files that it has open, see `OpenFiles`.
 
@@ -48,12 +62,22 @@ class WorkerPool:
     """
 
     def __init__(
-        self, inputs: Inputs, spec: PreprocessSpec, *, workers: int, decode_seconds: float = DECODE_SECONDS
+        self,
+        inputs: Inputs,
+        specs: PreprocessSpec | Sequence[PreprocessSpec],
+        *,
+        workers: int,
+        decode_seconds: float = DECODE_SECONDS,
+        clock: Stage | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self._condition = threading.Condition()
-        self._waiting: deque[tuple[Sample, Future[Loaded]]] = deque()
+        self._waiting: deque[_Task] = deque()
         self._closed = False
-        self._workers = [_Worker(inputs, spec, decode_seconds) for _ in range(workers)]
+        self._clock = clock or Stage("decode")
+        wanted = (specs,) if isinstance(specs, PreprocessSpec) else tuple(specs)
+        gate = Gate(decode_limit()) if gate is None else gate
+        self._workers = [_Worker(inputs, wanted, decode_seconds, gate) for _ in range(workers)]
         self._threads = [
             threading.Thread(target=self._serve, args=(worker,), name="decode", daemon=True) for worker in self._workers
         ]
@@ -85,23 +109,30 @@ class WorkerPool:
         """What workers have to say about files that they could not copy."""
         return sorted({worker.note for worker in self._workers if worker.note is not None})
 
-    def submit(self, sample: Sample) -> "Future[Loaded]":
-        """`load_image` of a sample, in a worker; the future raises what that raises."""
-        future: Future[Loaded] = Future()
+    def submit(self, sample: Sample, kinds: tuple[int, ...] = (0,)) -> "Future[Several]":
+        """`load_images` of a sample in some preprocessings, in a worker; the future raises what that raises."""
+        task = _Task(sample, kinds)
         with self._condition:
-            self._waiting.append((sample, future))
+            self._waiting.append(task)
             self._condition.notify_all()
-        return future
+        return task.future
+
+    def load(self, sample: Sample) -> Loaded:
+        """`submit` in the first preprocessing, waited for."""
+        images, state = self.submit(sample).result()
+        return (images[0] if images else None), state
 
     def _serve(self, worker: "_Worker") -> None:
         while (task := self._take(worker)) is not None:
-            sample, future = task
+            started = time.perf_counter()
             try:
-                future.set_result(worker.load(sample))
+                found = worker.load(task.sample, task.kinds)
+                self._clock.add(time.perf_counter() - started, 1)
+                task.future.set_result(found)
             except BaseException as error:  # whatever it is, it belongs to who waits for the image
-                future.set_exception(error)
+                task.future.set_exception(error)
 
-    def _take(self, worker: "_Worker") -> tuple[Sample, "Future[Loaded]"] | None:
+    def _take(self, worker: "_Worker") -> _Task | None:
         """The next sample for a worker, of the file it has open if there is one; None when the pool is closed."""
         with self._condition:
             while not self._closed:
@@ -109,7 +140,7 @@ class WorkerPool:
                 if chosen is not None:
                     task = self._waiting[chosen]
                     del self._waiting[chosen]
-                    worker.path = task[0].path if task[0].part else None
+                    worker.path = task.sample.path if task.sample.part else None
                     return task
                 self._condition.wait()
             return None
@@ -118,7 +149,8 @@ class WorkerPool:
         elsewhere = {other.path for other in self._workers if other is not worker} - {None, worker.path}
         counts: dict[str, int] = {}
         free: int | None = None
-        for position, (sample, _) in enumerate(self._waiting):
+        for position, task in enumerate(self._waiting):
+            sample = task.sample
             if sample.part and sample.path == worker.path:
                 return position
             if not sample.part or sample.path not in elsewhere:
@@ -128,17 +160,18 @@ class WorkerPool:
         if free is not None:
             return free
         many = {path for path, count in counts.items() if count >= STEAL}
-        return next((at for at, (sample, _) in enumerate(self._waiting) if sample.path in many), None)
+        return next((at for at, task in enumerate(self._waiting) if task.sample.path in many), None)
 
 
 class _Worker:
     """One process, replaced when it ends; used by one thread."""
 
-    def __init__(self, inputs: Inputs, spec: PreprocessSpec, decode_seconds: float) -> None:
+    def __init__(self, inputs: Inputs, specs: tuple[PreprocessSpec, ...], decode_seconds: float, gate: Gate) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.path: str | None = None
         self.note: str | None = None
-        self._inputs, self._spec, self._seconds = inputs, spec, decode_seconds
+        self._inputs, self._specs, self._seconds = inputs, specs, decode_seconds
+        self._gate = gate
         self._pipe: Connection | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -150,8 +183,8 @@ class _Worker:
             if self.process is not None:
                 self.process.kill()
 
-    def load(self, sample: Sample) -> Loaded:
-        """The sample's image; one that ends the process is tried once more.
+    def load(self, sample: Sample, kinds: tuple[int, ...]) -> Several:
+        """The sample's image in some preprocessings; one that ends the process is tried once more.
 
         Raises:
             FeatstoreError: the process was ended from outside, as the system does when memory runs out, twice.
@@ -161,11 +194,12 @@ class _Worker:
         while crashes < TRIES:
             try:
                 pipe = self._running()
-                pipe.send(sample)
-                if not pipe.poll(self._seconds):
-                    self.end()
-                    return None, RowState(self._content(sample), f"decoding took more than {self._seconds:g} s")
-                return self._receive(pipe)
+                pipe.send((sample, kinds))
+                found = self._reply(pipe)
+                if found is not None:
+                    return found
+                self.end()
+                return [], RowState(self._content(sample), f"decoding took more than {self._seconds:g} s")
             except (EOFError, ConnectionError):
                 code = self.end(EXIT_SECONDS)
                 if code is None or not _from_outside(code):
@@ -174,17 +208,33 @@ class _Worker:
                 signals.append(-code)
                 if len(signals) == TRIES and not self._closed:
                     raise FeatstoreError(f"a worker process was {_ended(code)}; what is committed stays") from None
-        return None, RowState(self._content(sample), CRASHED)
+        return [], RowState(self._content(sample), CRASHED)
 
-    def _receive(self, pipe: Connection) -> Loaded:
-        found, shape, dtype, self.note = pipe.recv()
+    def _reply(self, pipe: Connection) -> Several | None:
+        """What the process made of an image, None where it takes too long; it may ask for memory first.
+
+        Raises:
+            FeatstoreError: the loader was closed while it waited for that.
+        """
+        with Turn(self._gate) as turn:
+            while pipe.poll(self._seconds):
+                message = pipe.recv()
+                if not isinstance(message, int):
+                    return self._receive(pipe, *message)
+                turn.take(message)
+                pipe.send(True)
+            return None
+
+    def _receive(self, pipe: Connection, found: Any, forms: list[tuple[Any, str]], note: str | None) -> Several:
+        self.note = note
         if isinstance(found, BaseException):
             raise found
-        if shape is None:
-            return None, found
-        image: np.ndarray = np.empty(shape, dtype)
-        pipe.recv_bytes_into(image.reshape(-1).view(np.uint8).data)
-        return image, found
+        images = []
+        for shape, dtype in forms:
+            image: np.ndarray = np.empty(shape, dtype)
+            pipe.recv_bytes_into(image.reshape(-1).view(np.uint8).data)
+            images.append(image)
+        return images, found
 
     def _content(self, sample: Sample) -> str:
         return retry(lambda: self._inputs.hash(sample.path))
@@ -223,7 +273,7 @@ class _Worker:
             finally:
                 there.close()
         try:
-            here.send((self._inputs, self._spec, self._seconds))
+            here.send((self._inputs, self._specs, self._seconds))
             if here.poll(START_SECONDS) and here.recv() == "ready":
                 return here, None
             self.end()
@@ -282,9 +332,32 @@ def _watch_parent(parent: int) -> None:
     os._exit(1)
 
 
+class _Asking:
+    """The gate of the process that this one works for; waiting there is no time of decoding."""
+
+    def __init__(self, pipe: Connection, watch: Callable[[], None]):
+        self._pipe = pipe
+        self._watch = watch
+
+    def take(self, need: int) -> None:
+        """Wait until so many bytes may be taken."""
+        if need <= FREE:
+            return
+        faulthandler.cancel_dump_traceback_later()
+        try:
+            self._pipe.send(need)
+            self._pipe.recv()
+        except (EOFError, ConnectionError):
+            raise SystemExit(1) from None  # nobody is there any more
+        self._watch()
+
+    def give(self, need: int) -> None:
+        """Seen over there by the answer."""
+
+
 def serve(pipe: Connection) -> None:
     """What a worker process does until its pipe closes."""
-    inputs, spec, seconds = pipe.recv()
+    inputs, specs, seconds = pipe.recv()
     # What decoding imports, before the first image: the time of that one is limited too.
     import pyarrow  # noqa: F401
     import torch
@@ -296,30 +369,32 @@ def serve(pipe: Connection) -> None:
     pipe.send("ready")
     opened = OpenFiles()
     with open(os.devnull, "w") as nowhere:
+        # Ends this process even where a decoder holds the interpreter and its parent is gone.
+        watch = partial(faulthandler.dump_traceback_later, seconds + 10, exit=True, file=nowhere)
+        gate = _Asking(pipe, watch)
         while True:
             try:
-                sample = pipe.recv()
+                sample, kinds = pipe.recv()
             except (EOFError, ConnectionError):
                 return
-            # Ends this process even where a decoder holds the interpreter and its parent is gone.
-            faulthandler.dump_traceback_later(seconds + 10, exit=True, file=nowhere)
-            reply: tuple[Any, Any, Any]
-            image = None
+            watch()
+            images: list[np.ndarray] = []
+            reply: Any
             try:
-                image, state = load_image(inputs, opened, sample, spec)
-                reply = state, None if image is None else image.shape, None if image is None else image.dtype.str
+                images, reply = load_images(inputs, opened, sample, [specs[kind] for kind in kinds], gate)
             except (FeatstoreError, OSError, MemoryError) as error:
-                reply = error, None, None
+                reply = error
             except Exception as error:  # a mistake of ours: it stops the run over there
-                reply = RuntimeError(f"{type(error).__name__} while decoding {sample.path}: {error}"), None, None
+                reply = RuntimeError(f"{type(error).__name__} while decoding {sample.path}: {error}")
             faulthandler.cancel_dump_traceback_later()
-            pipe.send((*reply, inputs.staging_note()))
-            if image is not None:
+            pipe.send((reply, [(image.shape, image.dtype.str) for image in images], inputs.staging_note()))
+            for image in images:
                 pipe.send_bytes(np.ascontiguousarray(image).reshape(-1).view(np.uint8).data)
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # schedulers signal all processes of a job
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
     os.dup2(2, 1)  # what libraries print is no result
     serve(Connection(int(sys.argv[1])))

@@ -64,6 +64,16 @@ def open_npy(data: bytes, path: Path | None) -> ArrayFile:
     return ArrayFile({"": Array(header, partial(_view, data, start, header), view=True)}, held=len(data))
 
 
+def npy_header(head: bytes) -> Header:
+    """Shape and sample type of a .npy file from its first bytes.
+
+    Raises:
+        DecodeError: damaged or truncated.
+    """
+    with decode_errors("NPY"):
+        return _npy_header(io.BytesIO(head))
+
+
 def open_npz(data: bytes, path: Path | None) -> ArrayFile:
     """A .npz file from its bytes; a member is inflated when it is first asked for, and kept.
 

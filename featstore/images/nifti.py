@@ -64,7 +64,15 @@ def volume_shape(path: Path) -> tuple[int, int, int, int]:
 
 def _header_of(path: Path) -> VolumeHeader:
     with path.open("rb") as file:
-        head = file.read(HEAD)
+        return header_from(file.read(HEAD))
+
+
+def header_from(head: bytes) -> VolumeHeader:
+    """The header of a volume from the first `HEAD` bytes of its file.
+
+    Raises:
+        DecodeError: it is damaged, or of another kind of file.
+    """
     kind = recognise(head)
     if kind == "MetaImage":
         return metaimage.read_header(head).volume

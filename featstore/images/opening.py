@@ -9,7 +9,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, TypeVar
 
 from featstore.errors import DecodeError
 from featstore.images.content import MAGIC, recognise
@@ -47,6 +47,7 @@ VOLUMES = ("HDF5", "MATLAB", "MetaImage", "NIfTI", "NPY", "NPZ", "video")  # one
 HEAD = 1024  # bytes that tell the kind
 MAX_OPEN_BYTES = 2 * 2**30
 MAX_OPEN_FILES = 256
+Measured = TypeVar("Measured")
 RECOUNTED = 16  # files used last whose memory may still grow: some keep what was read of them
 
 
@@ -114,6 +115,7 @@ class _Slot:
     content: str = ""
     found: Opened | DecodeError | None = None
     counted: int = 0  # bytes of it that are in the running total
+    measured: Any = None
 
     @property
     def num_bytes(self) -> int:
@@ -159,6 +161,18 @@ class OpenFiles:
             content, found = slot.content, slot.found
         self._shrink()
         return content, found
+
+    def measured(self, name: str, make: Callable[[], Measured]) -> tuple[Measured, bool]:
+        """(what `make` says of a file, kept as long as the file is; whether that is open)."""
+        with self._lock:
+            slot = self._slots.get(name)
+            if slot is not None and slot.measured is not None:
+                return slot.measured, slot.found is not None
+        found = make()
+        with self._lock:
+            slot = self._slots.setdefault(name, _Slot(threading.Lock()))
+            slot.measured = found
+            return found, slot.found is not None
 
     def _shrink(self) -> None:
         # What is given up here may still be read by another thread: it goes when that one lets go of it.

@@ -38,7 +38,7 @@ Pixels = Shaped[np.ndarray, "H W"] | Shaped[np.ndarray, "H W 3"]
 
 # Named here, not found by Image.open: that one also tries formats which start programs (EPS), and checks the size
 # against a setting of the whole process.
-_READERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
+_READERS: dict[str, Callable[[Any], ImageFile.ImageFile]] = {
     "PNG": PngImageFile,
     "JPEG": JpegImageFile,
     "TIFF": TiffImageFile,
@@ -187,6 +187,20 @@ def _open(kind: str, data: bytes, frame: int, target: int | None = None) -> Imag
     if image.width * image.height > MAX_PIXELS:
         raise DecodeError(f"{image.height}x{image.width} pixels are above the limit of {MAX_PIXELS} for one image")
     return image
+
+
+def open_header(kind: str, file: io.BufferedIOBase) -> tuple[int, int, int, int]:
+    """(height, width, channels, bytes of a sample) of the first picture of a file; nothing is decoded.
+
+    Raises:
+        DecodeError: the header is damaged, or of a TIFF that is not read by Pillow.
+    """
+    with _pillow_errors(kind):
+        image = _READERS[kind](file)
+        bits = max(image.tag_v2.get(tiff.BITS, (8,))) if isinstance(image, TiffImageFile) else 8
+        deep = bits > 8 or _sample_layout(image).find(";16") >= 0
+        itemsize = {"I": 4, "F": 4, "1": 2}.get(image.mode, 1 + deep)
+        return image.height, image.width, len(image.getbands()), itemsize
 
 
 def _read(kind: str, data: bytes, frame: int, target: int | None = None) -> tuple[np.ndarray, int]:

@@ -4,13 +4,14 @@ An attempt writes and syncs all shards of a block, and the marker, in a folder o
 intent, a file that appears once: whose intent it is, that attempt is the block. Anyone can now finish it: shards linked
 under the zarr keys and read back, marker linked, attempt folder renamed away, intent removed. So a writer that dies or
 freezes loses nothing, and one that wakes up late changes nothing: all it could still do starts from its attempt's
-folder, which is gone once the block is marked. All arrays of a block come from one attempt.
+folder, which is gone once the block is marked. All arrays of a block come from one attempt. An attempt can also be
+decided in the place of a committed one: the old marker goes only when the intent stands.
 """
 
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,12 @@ from featstore.store.decisions import (
     decided,
     decided_attempts,
     drop_damaged,
+    holds,
     is_marked,
+    is_outdated,
     mark,
     markers,
+    move_marker,
     open_intents,
     read_marker,
     settle,
@@ -44,10 +48,13 @@ from featstore.store.decisions import marker_path as marker_path
 from featstore.store.layout import ArraySpec
 from featstore.store.ledger import Ledger
 from featstore.store.packed import check_not_archived
-from featstore.store.shards import ShardSummary, ShardWriter, read_summary, shard_key
+from featstore.store.publication import MISSING, Finisher
+from featstore.store.publication import attempt_file as attempt_file
+from featstore.store.scratch import Scratch
+from featstore.store.shards import ShardSummary, ShardWriter
 
 MARKER = "marker.json"
-MISSING = "is not there"
+REPLACED = "replaced.json"  # in an attempt's folder: the marker that stood there before
 READERS = 16  # markers read at once from a bucket
 STALE_SECONDS = 3600.0  # an attempt untouched for an hour has no living writer
 
@@ -84,7 +91,7 @@ def read_commit(folder: Place, group: str, block: int) -> Commit:
     Raises:
         CorruptError: it is damaged.
     """
-    return _parse_commit(read_marker(folder, group, block), marker_path(folder, group, block))
+    return parse_commit(read_marker(folder, group, block), marker_path(folder, group, block))
 
 
 def read_commits(folder: Place, group: str, blocks: Iterable[int] | None = None) -> dict[int, Commit]:
@@ -104,7 +111,7 @@ def read_commits(folder: Place, group: str, blocks: Iterable[int] | None = None)
             if as_object(path) is None:
                 return read_commit(folder, group, block)
             with contextlib.suppress(CorruptError):  # damage in the cache is no damage in the bucket
-                return _parse_commit(remote.cached_bytes(path, held[block]), path)
+                return parse_commit(remote.cached_bytes(path, held[block]), path)
             return read_commit(folder, group, block)
         except (FileNotFoundError, ReplacedError):
             return None
@@ -115,7 +122,12 @@ def read_commits(folder: Place, group: str, blocks: Iterable[int] | None = None)
         return {block: commit for block, commit in zip(wanted, pool.map(one, wanted)) if commit is not None}
 
 
-def _parse_commit(data: bytes, path: Place) -> Commit:
+def parse_commit(data: bytes, path: Place) -> Commit:
+    """What the bytes of the marker at `path` say.
+
+    Raises:
+        CorruptError: they are damaged.
+    """
     value = files.unseal(data, path)
     failed = {int(row): reason for row, reason in value["failed"].items()}
     same = ("block", "start", "stop", "attempt", "shards", "contents")
@@ -132,7 +144,8 @@ class BlockWriter:
     """Streams the rows of one block into shards and commits them.
 
     Use as a context manager: leaving it without a decision removes everything this attempt wrote. Memory is a chunk an
-    array. For a bucket the block's shards, all arrays of the group, stand in the user's cache folder until `commit`.
+    array. `stage`: a folder on a local disk where the block's shards, all arrays of the group, stand until `commit`;
+    for a bucket they stand in the user's cache folder without it. `notes` says why they do not.
     """
 
     folder: Place
@@ -143,19 +156,21 @@ class BlockWriter:
     stop: int
     rows_per_block: int
     attempt: str = field(default_factory=files.own_name)
+    stage: Path | None = None
     _writers: dict[tuple[str, int], ShardWriter] = field(default_factory=dict)
     _summaries: dict[tuple[str, int], ShardSummary] = field(default_factory=dict)
     _position: int = 0
     _states: list[RowState] = field(default_factory=list)
-    _scratch: Path | None = None
+    _scratch: Scratch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._scratch = Scratch(self.home, self.stage)
 
     def __enter__(self) -> "BlockWriter":
         check_not_archived(self.folder)
         enter(self.folder.parents[2])
-        if as_object(self.folder) is not None:
-            with files.writing(files.user_cache()):
-                self._scratch = files.scratch_folder()
-        with files.writing(self.home):
+        self._scratch.__enter__()
+        with self._scratch.writing():
             files.make_folder(self.home)
         return self
 
@@ -164,8 +179,7 @@ class BlockWriter:
         with contextlib.suppress(OSError):
             for writer in self._writers.values():
                 writer.discard()
-            if self._scratch is not None:
-                shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.__exit__()
             if not self._holds_intent():
                 _retire(self.home)
 
@@ -199,34 +213,41 @@ class BlockWriter:
             values = rows[array.name]
             assert len(values) == len(states), f"{array.name}: {len(values)} rows and {len(states)} states"
             check_finite(array, values, failed, self.start + self._position)
-            with files.writing(self._scratch or self.home):
-                self._append_array(array, values)
+            self._append_array(array, values)
         self._position += len(states)
         self._states += states
 
     def _append_array(self, array: ArraySpec, values: np.ndarray) -> None:
-        shard_rows, chunk_rows = array.layout(self.rows_per_block)
+        shard_rows, _ = array.layout(self.rows_per_block)
         done = 0
         while done < len(values):
             position = self.start + self._position + done
             shard = position // shard_rows
             take = min(len(values) - done, (shard + 1) * shard_rows - position)
             key = (array.name, shard)
-            if key not in self._writers:
-                self._writers[key] = ShardWriter(
-                    (self._scratch or self.home) / attempt_file(array.name, shard),
-                    row_shape=array.row_shape,
-                    dtype=array.dtype,
-                    chunk_rows=chunk_rows,
-                    shard_rows=shard_rows,
-                )
-            self._writers[key].append(values[done : done + take])
-            done += take
-            if position + take in ((shard + 1) * shard_rows, self.stop):
-                self._summaries[key] = self._writers.pop(key).close()
+            with self._scratch.writing():
+                writer = self._writers.get(key)
+                if writer is None:
+                    rows = min((shard + 1) * shard_rows, self.stop) - max(shard * shard_rows, self.start)
+                    name = attempt_file(array.name, shard)
+                    writer = self._scratch.begin(array, name, rows, self.rows_per_block)
+                    self._writers[key] = writer
+            with self._scratch.writing(writer.path):
+                writer.append(values[done : done + take])
+                done += take
+                if position + take in ((shard + 1) * shard_rows, self.stop):
+                    self._summaries[key] = self._writers.pop(key).close()
 
-    def commit(self) -> bool:
+    @property
+    def notes(self) -> list[str]:
+        """Lines about a stage that was not used."""
+        return self._scratch.notes
+
+    def commit(self, *, over: bytes | None = None) -> bool:
         """Decide the block for this attempt and publish it; True if this attempt is the one that counts.
+
+        `over`: the marker that this attempt takes the place of, as it was read; it stands until all of the attempt is
+        there and decided. Where the block has another marker by then, that one counts.
 
         Raises:
             StoreError: rows are missing, the attempt's files or the set were removed meanwhile, or the disk refuses.
@@ -237,28 +258,22 @@ class BlockWriter:
         place = self.folder, self.group, self.block
         renew(self.folder.parents[2])
         with files.writing(self.home):
-            self._upload()
+            for name, shard in sorted(self._summaries):
+                self._scratch.deliver(attempt_file(name, shard))
             own = self._write_marker()
-            while not is_marked(*place):
+            if over == own:
+                over = None
+            if over is not None:
+                self._check_readable()
+            while not is_marked(*place) or (over is not None and holds(*place, over)):
                 self._check_present()
                 check_not_archived(self.folder)
-                decide(*place, self.attempt)
-                if finish_block(self.folder, self.group, self.arrays, self.block, self.rows_per_block):
+                decide(*place, self.attempt, over)
+                if finish_block(self.folder, self.group, self.arrays, self.block, self.rows_per_block) and (
+                    over is None or not holds(*place, over)
+                ):
                     break
-            try:
-                return read_marker(*place) == own
-            except FileNotFoundError:  # taken back just now
-                return False
-
-    def _upload(self) -> None:
-        """Bring the shards to the bucket; each local file goes when it is there."""
-        if self._scratch is None:
-            return
-        for name, shard in sorted(self._summaries):
-            local = self._scratch / attempt_file(name, shard)
-            if local.exists():  # not at a second call
-                files.upload(local, self.home / local.name)
-                local.unlink()
+            return holds(*place, own)  # not where it was taken back just now
 
     def _write_marker(self) -> bytes:
         """Put the marker beside the shards; the published marker holds these bytes if this attempt counts."""
@@ -279,6 +294,18 @@ class BlockWriter:
         files.write_atomic(self.home / MARKER, data)
         return data
 
+    def _check_readable(self) -> None:
+        """What an attempt takes the place of cannot be had again: its own shards must be good before that goes."""
+        arrays = {array.name: array for array in self.arrays}
+        for (name, shard), summary in sorted(self._summaries.items()):
+            finisher = Finisher(self.folder, arrays[name], self.home, self.rows_per_block, lambda: True)
+            path = self.home / attempt_file(name, shard)
+            what = finisher.fault(path, [summary.size, summary.index_crc, summary.data_crc])
+            if what and what != MISSING:  # which `_check_present` tells
+                raise StoreError(
+                    f"{path}: the shard just written {what}; not committed; check the disk, then run again"
+                )
+
     def _check_present(self) -> None:
         """A decision for files that are not there could never be carried out."""
         for (name, shard), summary in self._summaries.items():
@@ -292,14 +319,11 @@ class BlockWriter:
             raise StoreError(f"{self.folder}: the set was removed while block {self.block} was computed; not committed")
 
 
-def attempt_file(array: str, shard: int) -> str:
-    return f"{array.replace('/', '.')}.{shard}"
-
-
-def _retire(home: Place) -> None:
+def _retire(home: Place, marker: Place | None = None) -> None:
     """Take an attempt's folder away in one step, then empty it; in a bucket its marker goes first.
 
-    Without the marker nobody begins to finish the attempt; who has begun is stopped by the block's object.
+    Without the marker nobody begins to finish the attempt; who has begun is stopped by the block's object. `marker`:
+    where that of this attempt stands again if a finisher took it for the one it was to move, too late.
     """
     if as_object(home) is not None:
         files.remove_tree(home, first=MARKER)
@@ -307,6 +331,10 @@ def _retire(home: Place) -> None:
     gone = home.with_name(f".gone-{files.own_name()}")
     with contextlib.suppress(FileNotFoundError):
         home.rename(gone)
+        if marker is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if (gone / REPLACED).read_bytes() == (gone / MARKER).read_bytes():
+                    files.link_kept(gone / MARKER, marker)
         shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -328,81 +356,38 @@ def finish_block(folder: Place, group: str, arrays: list[ArraySpec], block: int,
         return is_marked(*place)  # somebody else finished it
     home = folder / "attempts" / intent.attempt
     damage: CorruptError | None = None
-    if not is_marked(*place):
+    if not is_marked(*place) or is_outdated(*place, intent):
         try:
             data = (home / MARKER).read_bytes()
             shards = files.unseal(data, home / MARKER)["shards"]
+            if is_outdated(*place, intent):
+                _make_way(place, home, shards)
             for array in arrays:
                 for shard, checksums in shards[array.name].items():
-                    finisher = _Finisher(folder, array, home, rows_per_block, lambda: stands(*place, intent))
+                    finisher = Finisher(folder, array, home, rows_per_block, lambda: stands(*place, intent))
                     finisher.publish(int(shard), checksums)
             mark(*place, intent, home / MARKER, data)
         except FileNotFoundError:
             pass  # another process finished and took the folder away, or it was removed by hand
         except CorruptError as error:
             damage = error
-    _retire(home)
+    _retire(home, marker_path(*place) if intent.over else None)
     settle(*place, intent)
     if damage is not None and not is_marked(*place):
         raise damage
     return is_marked(*place)
 
 
-@dataclass(frozen=True, slots=True)
-class _Finisher:
-    """Publishes shards of the decided attempt in `home`; `stands` tells whether that decision still does."""
+def _make_way(place: tuple[Place, str, int], home: Place, shards: dict[str, dict[str, list[int]]]) -> None:
+    """Move the marker away that an attempt takes the place of, if the attempt has all its shards.
 
-    folder: Place
-    array: ArraySpec
-    home: Place
-    rows_per_block: int
-    stands: Callable[[], bool]
-
-    def publish(self, shard: int, checksums: list[int]) -> None:
-        """Link one shard under its zarr key and read it back.
-
-        Raises:
-            FileNotFoundError: its file is gone.
-            StoreError: nothing stays under the key; the decision stands.
-            CorruptError: what stands under the key is not what the attempt's marker names.
-        """
-        source = self.home / attempt_file(self.array.name, shard)
-        final = self.folder / "data.zarr" / self.array.name / shard_key(shard, 1 + len(self.array.row_shape))
-        files.make_folder(final.parent)
-        for last_try in (False, True):
-            files.link_kept(source, final)
-            seen = files.version(final)
-            what = self._fault(final, checksums)
-            if not what:
-                return
-            if last_try:
-                break
-            if not self.stands():
-                raise FileNotFoundError(2, "this attempt is not the block any more", str(self.home))
-            # No marker names this file, so nobody counts on it.
-            files.replace_kept(source, final, seen)
-        kind = StoreError if what == MISSING else CorruptError
-        raise kind(f"{final}: the shard just published {what}; not committed; check the disk, then run again")
-
-    def _fault(self, final: Place, checksums: list[int]) -> str:
-        shard_rows, chunk_rows = self.array.layout(self.rows_per_block)
-        try:
-            found = read_summary(
-                final,
-                row_shape=self.array.row_shape,
-                dtype=self.array.dtype,
-                chunk_rows=chunk_rows,
-                shard_rows=shard_rows,
-                deep=True,
-            )
-        except CorruptError as error:
-            return f"is damaged ({error})"
-        except FileNotFoundError:
-            return MISSING
-        except ReplacedError:
-            return "was replaced meanwhile"
-        same = [found.size, found.index_crc, found.data_crc] == checksums
-        return "" if same else "holds other content than its marker names"
+    Raises:
+        FileNotFoundError: one of them is gone.
+    """
+    for name, numbers in shards.items():
+        for shard in numbers:
+            (home / attempt_file(name, int(shard))).stat()
+    move_marker(*place, Path(str(home), REPLACED))
 
 
 def finish_intents(folder: Place, ledger: Ledger, rows_per_block: int) -> int:

@@ -2,6 +2,8 @@
 
 A file system has the intent `<block>.intent`, which names the attempt, and the marker `<block>.json`, both of which
 appear once, by a link; a finisher that wakes up late finds its attempt's folder renamed away and can link nothing.
+An intent may also say which marker its attempt takes the place of. Whoever finishes it moves that marker into the
+attempt's folder before anything else, so at any moment the old marker or the intent of a whole attempt stands.
 
 A bucket has no links and no renames: who has read an attempt's files can put them at any time later. So there the
 block is one object, `<block>.json`, that goes from nothing or a vacancy to an intent, and from that to the marker or to
@@ -16,6 +18,7 @@ a random number. Hence, for a finisher that stands still anywhere:
   block back and commit once more the very bytes that it saw (a tag follows from the content). Bytes of another content
   than the marker names are the worst that comes of it, and `verify` finds them.
 - Its attempt's objects have names that nobody else uses, so removing them late harms nothing.
+- A marker that an attempt takes the place of becomes its intent by one put over just that marker.
 
 Intents and vacancies are shorter than any marker, so one listing tells what is committed.
 """
@@ -24,6 +27,7 @@ import contextlib
 import os
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 
 from featstore import files
 from featstore.errors import CorruptError
@@ -34,10 +38,14 @@ INTENT_BYTES = 128  # an object up to this size is an intent or a vacancy; the d
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """The attempt that a block is to be; `tag` is that of the object which says so, '' on a file system."""
+    """The attempt that a block is to be; `tag` is that of the object which says so, '' on a file system.
+
+    `over`: digest of the marker that the attempt takes the place of; '' where there is none, and in a bucket.
+    """
 
     attempt: str
     tag: str = ""
+    over: str = ""
 
 
 def group_folder(folder: Place, group: str) -> Place:
@@ -95,11 +103,20 @@ def read_marker(folder: Place, group: str, block: int) -> bytes:
     return data
 
 
-def decide(folder: Place, group: str, block: int, attempt: str) -> None:
-    """Make this attempt the block, unless another one is."""
+def holds(folder: Place, group: str, block: int, marker: bytes) -> bool:
+    """Whether the block is committed by this very marker."""
+    try:
+        return read_marker(folder, group, block) == marker
+    except FileNotFoundError:
+        return False
+
+
+def decide(folder: Place, group: str, block: int, attempt: str, over: bytes | None = None) -> None:
+    """Make this attempt the block, unless another one is; the one whose marker is `over` gives way to it."""
     slot = _slot(folder, group, block)
     if slot is None:
-        files.create_exclusive(intent_path(folder, group, block), files.sealed({"files": attempt}))
+        replaced = {} if over is None else {"over": files.digest(over)}
+        files.create_exclusive(intent_path(folder, group, block), files.sealed({"files": attempt, **replaced}))
         return
     data = f"intent {attempt} {uuid.uuid4().hex[:16]}\n".encode()
     assert len(data) <= INTENT_BYTES, "an intent must be told from a marker by its size"
@@ -108,7 +125,7 @@ def decide(folder: Place, group: str, block: int, attempt: str) -> None:
     except FileNotFoundError:
         slot.put_new(data)
         return
-    if held.startswith(b"vacant "):
+    if held.startswith(b"vacant ") or held == over:
         slot.put_over(data, tag)
 
 
@@ -122,7 +139,8 @@ def decided(folder: Place, group: str, block: int) -> Intent | None:
     try:
         if slot is None:
             path = intent_path(folder, group, block)
-            return Intent(str(files.unseal(path.read_bytes(), path)["files"]))
+            value = files.unseal(path.read_bytes(), path)
+            return Intent(str(value["files"]), over=str(value.get("over", "")))
         data, tag = slot.read_tagged()
     except FileNotFoundError:
         return None
@@ -138,6 +156,27 @@ def stands(folder: Place, group: str, block: int, intent: Intent) -> bool:
     """Whether this very intent is still to be carried out; on a file system its files tell, by being there."""
     slot = _slot(folder, group, block)
     return slot is None or files.version(marker_path(folder, group, block)) == intent.tag
+
+
+def is_outdated(folder: Place, group: str, block: int, intent: Intent) -> bool:
+    """Whether the marker that stands is the one which the decided attempt takes the place of."""
+    if not intent.over:
+        return False
+    try:
+        return files.digest(read_marker(folder, group, block)) == intent.over
+    except FileNotFoundError:
+        return False
+
+
+def move_marker(folder: Place, group: str, block: int, target: Path) -> None:
+    """Move an outdated marker to `target` in the attempt's folder; nothing happens where another finisher was first.
+
+    One that stood still until the attempt's folder was taken away finds no place for it and moves nothing.
+    """
+    path = marker_path(folder, group, block)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(str(path), target)
+        files.sync_folder(path.parent)
 
 
 def mark(folder: Place, group: str, block: int, intent: Intent, source: Place, data: bytes) -> None:
