@@ -271,13 +271,14 @@ def _best(every: list[Heads], quality: Quality, grid: Tensor, config: FewShotCon
     if without:
         raise TaskError("validation has a single class of a label, so no strength can be chosen; use --select inner")
     each = torch.arange(len(which))
+    place = picked.numpy(), each.numpy()  # numpy takes a tensor of one element for a number
     return Heads(
         torch.stack([heads.W for heads in every])[picked, each],
         torch.stack([heads.b for heads in every])[picked, each],
         grid[picked].numpy(),
         _edges(which, grid),
-        np.stack([heads.converged for heads in every])[picked, each],
-        np.stack([heads.objective for heads in every])[picked, each],
+        np.stack([heads.converged for heads in every])[place],
+        np.stack([heads.objective for heads in every])[place],
     )
 
 

@@ -14,6 +14,7 @@ from cli.fewshot import COMMANDS
 from featstore.errors import ConfigError, TaskError
 from featstore.store.catalog import Store
 from featstore.store.features import FeatureSet
+from probes import fewshot_heads
 from probes.configs import TaskConfig
 from probes.curves import curve_tables
 from probes.fewshot import evaluate_fewshot, fit_fewshot
@@ -273,3 +274,29 @@ def test_validation_of_one_class_cannot_choose(features: FeatureSet) -> None:
     task.y[task.role == "val"] = 0
     with pytest.raises(TaskError, match="validation has a single class of a label"):
         fit_fewshot(task, "cls", FewShotConfig(shots="2", repeats=2, select="val", C="0.1,1"))
+
+
+@pytest.mark.parametrize("draws", [1, 2, 5])
+def test_the_best_strength_of_any_number_of_draws(draws: int) -> None:
+    rng = np.random.default_rng(draws)
+    grid = torch.tensor([0.01, 1.0, 100.0], dtype=torch.float64)
+    quality = rng.random((draws, 3))
+    every = [
+        fewshot_heads.Heads(
+            torch.full((draws, 1, 4), float(number), dtype=torch.float64),
+            torch.zeros((draws, 1), dtype=torch.float64),
+            np.full(draws, float(grid[number])),
+            np.zeros(draws, dtype=bool),
+            np.full(draws, number != 1),
+            np.full(draws, number / 2),
+        )
+        for number in range(3)
+    ]
+    config = FewShotConfig(select="val", C="0.01,1,100")
+    best = fewshot_heads._best(every, lambda heads: quality[:, int(heads.W[0, 0, 0])], grid, config)
+    chosen = quality.argmax(1)
+    assert best.W[:, 0, 0].tolist() == chosen.tolist()
+    assert best.strength.tolist() == grid[chosen].tolist()
+    assert best.converged.tolist() == (chosen != 1).tolist()
+    assert best.objective.tolist() == (chosen / 2).tolist()
+    assert best.at_edge.tolist() == (chosen != 1).tolist()
