@@ -154,7 +154,7 @@ class Tally:
     computed: int = 0
     failed: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
-    _counted: set[int] = field(default_factory=set)
+    _counted: bytearray = field(default_factory=bytearray)  # a byte a row: a set of numbers takes a hundred
 
     def add(self, batch: Batch) -> None:
         """Count a batch.
@@ -163,9 +163,13 @@ class Tally:
             FeatstoreError: more images failed than `--max-failed` allows.
         """
         for row, state in zip(batch.job.rows, batch.states):
-            if row == GONE or row in self._counted:
+            if row == GONE:
                 continue
-            self._counted.add(row)
+            if row >= len(self._counted):
+                self._counted.extend(bytes(max(row + 1, 2 * len(self._counted)) - len(self._counted)))
+            if self._counted[row]:
+                continue
+            self._counted[row] = 1
             self.computed += 1
             if state.reason is not None:
                 self.failed += 1
