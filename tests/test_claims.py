@@ -128,7 +128,7 @@ def test_a_claim_that_is_damaged_is_somebodys(tmp_path: Path) -> None:
         mine.release(5)
         mine.sweep({4})
         assert [path.name for path in (tmp_path / "claims").iterdir()] == ["00000005.0"]
-        mine.sweep({5})
+        mine.sweep()
     assert not (tmp_path / "claims").exists()
 
 

@@ -104,10 +104,10 @@ class Claims:
                 found[int(path.stem)].append(claim)
         return dict(found)
 
-    def sweep(self, pieces: Collection[int]) -> None:
-        """Remove the claims of pieces that are committed, whoever left them."""
+    def sweep(self, pieces: Collection[int] | None = None) -> None:
+        """Remove the claims of pieces that are committed, whoever left them; of all where everything is."""
         for path in self._paths("*.*"):
-            if int(path.stem) in pieces and int(path.stem) not in self._mine:
+            if (pieces is None or int(path.stem) in pieces) and int(path.stem) not in self._mine:
                 with contextlib.suppress(OSError, StoreError):
                     path.unlink(missing_ok=True)
 

@@ -322,7 +322,7 @@ def _compute(
             failed=sharing.give_up,
         )
         if not work.left():
-            sharing.claims.sweep(work.units)
+            sharing.claims.sweep()  # also what was killed before it had said whose it was
             for number, (lane, tally) in enumerate(zip(lanes, tallies)):
                 check_failures(lane.blocks, work.blocks_of(number), tally)
     found = []
