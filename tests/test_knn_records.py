@@ -50,13 +50,10 @@ def task_of(store: Store, labels: tuple[str, ...] = ("a", "b")) -> Any:
     return make_task(features, choose_task(features.manifest, labels=labels))
 
 
-def test_scores(store: Store, record: dict[str, Any]) -> np.ndarray:
+def kept_scores(record: dict[str, Any]) -> np.ndarray:
     columns = load_predictions(record).to_pydict()
     rows = [number for number, split in enumerate(columns["split"]) if split == "test"]
     return np.array([[columns[f"score:{name}"][row] for name in ("a", "b")] for row in rows])
-
-
-test_scores.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +85,7 @@ def test_every_option_reaches_the_scores(store: Store, head: KnnConfig, make: An
     task = task_of(store)
     X, y, mask, _, _ = task.arrays("train", "cls")
     expected = make().fit(X, y, mask).scores(task.arrays("test", "cls")[0])[9]
-    np.testing.assert_allclose(test_scores(store, record), expected, atol=1e-6)
+    np.testing.assert_allclose(kept_scores(record), expected, atol=1e-6)
     assert record["choices"]["vote"] == named
     assert record["choices"]["k"] == 9
     assert record["choices"]["backend"] == ("torch" if head.backend else "faiss")
@@ -136,7 +133,7 @@ def test_refit_takes_validation_rows_as_neighbours_of_the_test_alone(store: Stor
     X, y, mask = (np.concatenate(pair) for pair in zip(*parts))
     k = refit["choices"]["k"]
     expected = KNNProbe(k=k).fit(X, y, mask).scores(task.arrays("test", "cls")[0])[k]
-    np.testing.assert_allclose(test_scores(store, refit), expected, atol=1e-6)
+    np.testing.assert_allclose(kept_scores(refit), expected, atol=1e-6)
 
 
 def test_deviations_from_protocols_are_listed(store: Store) -> None:

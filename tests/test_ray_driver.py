@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_ray import FakeRay, Handle
 from pictures import CONFIG, register_pictures, tree_bytes
@@ -13,7 +14,7 @@ from pictures import CONFIG, register_pictures, tree_bytes
 from featstore import files, records
 from featstore.configs import RunConfig, SetConfig
 from featstore.errors import ConfigError, FeatstoreError, ManifestError, Stopped, StoreError
-from featstore.extraction import ray_actor, ray_engine
+from featstore.extraction import loader, ray_actor, ray_engine
 from featstore.extraction.pipeline import Hooks, Summary, extract, extract_sets
 from featstore.extraction.plan import make_plan
 from featstore.extraction.ray_engine import choose_shape, run_on_ray
@@ -146,14 +147,26 @@ def _without_runs(store: Path) -> dict[str, bytes]:
     return {name: data for name, data in tree_bytes(store / "sets").items() if "/runs/" not in name}
 
 
-def test_failed_images_are_tried_again(fake: FakeRay, tmp_path: Path, store_path: Path) -> None:
+def test_failed_images_are_tried_again(
+    fake: FakeRay, tmp_path: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = register_pictures(store_path, tmp_path / "data", 60).column("path")
-    whole = (tmp_path / "data" / names[20]).read_bytes()
-    break_files(store_path, tmp_path / "data", [20])
+    expected = alone(store_path, tmp_path / "alone")
+    real = loader.load_images
+
+    def broken(inputs: Any, opened: Any, sample: Any, *more: Any) -> Any:
+        images, state = real(inputs, opened, sample, *more)
+        return ([], replace(state, reason="no reader today")) if sample.path == names[20] else (images, state)
+
+    monkeypatch.setattr(loader, "load_images", broken)
     assert on_ray(store_path).failed == 1
     again = on_ray(store_path, run=replace(RAY, retry_failed=True))
-    assert (again.computed, again.failed) == (16, 1)
-    assert whole
+    assert (again.computed, again.failed) == (16, 1)  # it fails as before
+    assert np.isnan(Store(store_path)["pics", "tiny@42"].load()[20]).all()
+    monkeypatch.setattr(loader, "load_images", real)
+    again = on_ray(store_path, run=replace(RAY, retry_failed=True))
+    assert (again.computed, again.failed) == (16, 0)
+    assert tree_bytes(folder_of(store_path)) == expected
 
 
 def test_a_store_that_actors_do_not_see(

@@ -247,7 +247,8 @@ def finish(
         for name in ("bytes", "files"):
             total[name] += record["comparison"][name]["actual"]
     line = comparison_line(together, compare(together, total))
-    done[-1][1].comparison = line if len(done) == 1 or not line else f"{of} {line}"
+    if all(said["kind"] == "measured" for said in predictions):  # nobody asked what FLOP alone say: that is recorded
+        done[-1][1].comparison = line if len(done) == 1 or not line else f"{of} {line}"
 
 
 def _compact(plan: Plan, summary: Summary) -> None:
