@@ -1,4 +1,4 @@
-"""`probes compare`."""
+"""`probes compare` and `probes subgroups`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,14 +8,23 @@ import typer
 from cli import show
 from cli.extract import JsonOption, StoreOption
 
-MetricOption = Literal["auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity"]
+MetricOption = Literal[
+    "auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity", "precision",
+    "mae", "rmse", "r2", "pearson", "spearman", "qwk",
+]  # fmt: skip
+ResultsOption = Annotated[Path | None, typer.Option("--results", help="folder of the records; default: STORE/results")]
 
 
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="record (id, its start, or path) or file of scores")],
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="record (id, its start, or path), or file of scores; A1,A2: seeds")
+    ],
     b: Annotated[str, typer.Argument(metavar="B", help="what A is compared with")],
     *,
-    metric: Annotated[MetricOption, typer.Option("--metric", help="what is compared")] = "auroc",
+    metric: Annotated[
+        MetricOption | None,
+        typer.Option("--metric", help="what is compared; default: auroc, of numbers r2, of ranks qwk"),
+    ] = None,
     margin: Annotated[
         float | None, typer.Option("--margin", help="test non-inferiority and equivalence within this much")
     ] = None,
@@ -29,9 +38,7 @@ def compare(
     level: Annotated[float, typer.Option("--level", help="confidence of the intervals")] = 0.95,
     resamples: Annotated[int, typer.Option("--resamples", help="bootstrap resamples, by patient")] = 1000,
     seed: Annotated[int, typer.Option("--seed", help="seed of the bootstrap")] = 0,
-    results: Annotated[
-        Path | None, typer.Option("--results", help="folder of the records; default: STORE/results")
-    ] = None,
+    results: ResultsOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -41,8 +48,9 @@ def compare(
     the labels (Holm, Benjamini-Hochberg), and first what differs between the protocols.
 
     Examples: `probes compare 20260101T1200 20260101T1300 --margin 0.02`; `probes compare RECORD scores.csv --subgroups
-    sex,age`. A CSV, TSV or Parquet file has a column `id` and `score:LABEL`, and may have `label:LABEL` (0, 1, empty),
-    `group` (patient), `split`.
+    sex,age`; runs that differ in their seed: `probes compare A1,A2,A3 B1,B2,B3`. A CSV, TSV or Parquet file has a
+    column `id` and `score:LABEL`, and may have `label:LABEL` (0, 1, empty; or a number), `group` (patient), `split`.
+    Two few-shot curves are compared at each budget, draw by draw.
     """
     from featstore.store.catalog import Store
     from featstore.store.layout import store_path
@@ -67,4 +75,46 @@ def compare(
         print_comparison(found, show.table)
 
 
-COMMANDS = {"compare": compare}
+def subgroups(
+    record: Annotated[str, typer.Argument(metavar="RECORD", help="record (id, its start, or path) or file of scores")],
+    *,
+    by: Annotated[str, typer.Option("--by", help="columns, comma-separated: sex,age,view or any of the manifest's")],
+    bands: Annotated[str, typer.Option("--bands", help="bands of age")] = "0-18,18-40,40-60,60-80,80+",
+    level: Annotated[float, typer.Option("--level", help="confidence of the intervals")] = 0.95,
+    resamples: Annotated[int, typer.Option("--resamples", help="bootstrap resamples, by patient")] = 1000,
+    seed: Annotated[int, typer.Option("--seed", help="seed of the bootstrap")] = 0,
+    results: ResultsOption = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Test metrics of one record by sex, age, view or any column of its manifest, with patient-clustered intervals.
+
+    Counts, AUROC, AUPRC, and sensitivity and specificity at Youden's threshold of the validation rows; of numbers and
+    ranks their own metrics. A band of age ends before the next one starts. A label with one class in a subgroup is a
+    dash there. The difference of two records by subgroup: `probes compare A B --subgroups sex`.
+
+    Examples: `probes subgroups RECORD --by sex,age,view`; `probes subgroups RECORD --by age --bands 0,50,70 --json`.
+    """
+    from featstore.store.catalog import Store
+    from featstore.store.layout import store_path
+    from probes.subgroup_tables import by_subgroup, print_subgroups
+    from probes.subgroups import parse_bands
+
+    home = Store(store_path(store))
+    found = by_subgroup(
+        record,
+        [name.strip() for name in by.split(",") if name.strip()],
+        store=home,
+        folder=results or home.path / "results",
+        bands=parse_bands(bands),
+        level=level,
+        num_resamples=resamples,
+        seed=seed,
+    )
+    if json:
+        show.emit_json(found)
+    else:
+        print_subgroups(found, show.table)
+
+
+COMMANDS = {"compare": compare, "subgroups": subgroups}

@@ -122,7 +122,8 @@ def extract(
     Only what is missing is computed: a second run does nothing, a killed one goes on, new images are added.
     Examples: `featstore extract --model dinov3-7b --res 512`; `featstore extract --dataset cxr --model tiny --res 98
     --tokens cls,mean_patch,patches`; `featstore extract --model dinov2-base,dinov3-large --res 224,512` decodes every
-    image once for all four; add `--random-weights 0` to try without weights. On 8 GPUs: `torchrun --nproc-per-node 8
+    image once for all four; `--views 4 --augment radiology` adds four augmented copies of every image, for heads that
+    train on such; add `--random-weights 0` to try without weights. On 8 GPUs: `torchrun --nproc-per-node 8
     -m featstore extract ...`; as one of 16 jobs that start by themselves: `--rank 3 --world 16 --time-budget 3h50m`
     (recipes/array.sbatch is that for Slurm). `featstore plan` says beforehand what it will take.
     """

@@ -14,7 +14,8 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     name = field.name.replace("_", "-")
     # A switch that is off by default has no --no- form: there is nothing it could undo.
     # All names are written out, because releases of typer differ in whether they keep capitals.
-    flag = f"--{name}/--no-{name}" if base is bool and field.default is not False else f"--{name}"
+    is_switch = base is bool or base == bool | None
+    flag = f"--{name}/--no-{name}" if is_switch and field.default is not False else f"--{name}"
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     required = default is dataclasses.MISSING
     option = typer.Option(flag, help=text, show_default=default not in (None, "", []) and default is not False)

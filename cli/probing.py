@@ -8,7 +8,7 @@ import typer
 from cli import show
 from cli.extract import JsonOption, StoreOption
 from cli.flags import with_config
-from probes.configs import EvalConfig, KnnConfig, LinearConfig, TaskConfig
+from probes.configs import EvalConfig, KnnConfig, LinearConfig, SplitConfig, TaskConfig
 
 ExtractOption = Annotated[
     bool,
@@ -18,11 +18,12 @@ ExtractOption = Annotated[
 ]
 
 
-@with_config(config=EvalConfig, reading=TaskConfig, head=KnnConfig)
+@with_config(config=EvalConfig, reading=TaskConfig, splits=SplitConfig, head=KnnConfig)
 def knn(
     *,
     config: EvalConfig,
     reading: TaskConfig,
+    splits: SplitConfig,
     head: KnnConfig,
     extract: ExtractOption = False,
     store: StoreOption = None,
@@ -37,14 +38,15 @@ def knn(
     Examples: `probes knn --dataset cxr --labels view` ranks every set of the data set; `--unit study --pool max` counts
     studies; `probes knn --dataset ct --labels age --kind regression`.
     """
-    _evaluate("knn", config, reading, head, extract=extract, store=store, json=json)
+    evaluate("knn", config, reading, head, splits=splits, extract=extract, store=store, json=json)
 
 
-@with_config(config=EvalConfig, reading=TaskConfig, head=LinearConfig)
+@with_config(config=EvalConfig, reading=TaskConfig, splits=SplitConfig, head=LinearConfig)
 def linear(
     *,
     config: EvalConfig,
     reading: TaskConfig,
+    splits: SplitConfig,
     head: LinearConfig,
     extract: ExtractOption = False,
     store: StoreOption = None,
@@ -53,15 +55,21 @@ def linear(
     """Logistic regression, solved to its optimum; C chosen per label on validation. Ridge for numbers and ranks.
 
     Examples: `probes linear --dataset chexpert`; `probes linear --dataset cxr --model tiny --labels Edema,Effusion`.
+    As papers train their heads, step by step: `probes linear --dataset nih --protocol radiology` trains a head for
+    every learning rate x last 1 or 4 blocks x with or without the mean patch, chooses one on validation and lists what
+    is not as published. Last blocks must be stored (`featstore extract ... --tokens cls --layers 9,10,11` of twelve
+    blocks; the record names the missing ones), and `--views 4` trains on four stored augmented copies
+    (`featstore extract ... --views 4 --augment radiology`). `--lr`, `--batch`, `--iterations` and `--optimizer` depart
+    from what was published.
     What uncertain labels change: `probes linear --dataset chexpert --policies all`. External validation:
     `probes linear --dataset mimic-cxr --task mimic-7-a --test-dataset nih,chexpert` fits and chooses on the first data
     set and tests on the others, by the labels they share; `--test-task nih-7-a,chexpert-14` names their tasks. Data
     sets that share images or patients are refused. `--where` filters the first data set only.
     """
-    _evaluate("linear", config, reading, head, extract=extract, store=store, json=json)
+    evaluate("linear", config, reading, head, splits=splits, extract=extract, store=store, json=json)
 
 
-def _evaluate(
+def evaluate(
     probe: str,
     config: EvalConfig,
     reading: TaskConfig,
@@ -70,7 +78,9 @@ def _evaluate(
     extract: bool,
     store: str | None,
     json: bool,
+    splits: SplitConfig | None = None,
 ) -> None:
+    """Make the records of one probe, as every command of a probe does, and print them."""
     from featstore.store.catalog import Store
     from featstore.store.layout import store_path
     from probes.evaluation import evaluate_sets
@@ -80,20 +90,23 @@ def _evaluate(
         print(f"store {home.path}", flush=True)
     if extract:
         _extract_first(home, config)
-    records = evaluate_sets(
-        home,
-        probe,
-        config,
-        head,
-        reading=reading,
-        progress=lambda total: show.progress(f"probes {probe}", total, unit="records"),
-    )
+    with show.told():
+        records = evaluate_sets(
+            home,
+            probe,
+            config,
+            head,
+            reading=reading,
+            splits=splits,
+            progress=lambda total: show.progress(f"probes {probe}", total, unit="records"),
+        )
     if json:
         show.emit_json(records)
         return
-    from probes.report import print_tables
+    from probes.records import load_records
+    from probes.report import print_tables, with_baselines
 
-    print_tables(records, show.table)
+    print_tables(with_baselines(records, load_records(config.results or home.path / "results")), show.table)
 
 
 def _extract_first(home: Any, config: EvalConfig) -> None:

@@ -109,20 +109,26 @@ class _Runs:
 
     def _groups(self) -> list[list[int]]:
         """Numbers of the plans of each pass."""
+        from featstore.store.layout import network_of
+
         groups: list[list[int]] = []
+        last: list[int] = []
         room: float = 0
         for number, plan in enumerate(self.plans):
-            size = _network_bytes(plan)
-            last = groups[-1] if groups else []
+            if not len(plan.todo):
+                groups.append([number])
+                continue
+            same = bool(last) and network_of(self.plans[last[-1]].spec) == network_of(plan.spec)
+            size = 0 if same else _network_bytes(plan)  # one network serves sets that follow each other
             together = last and self.lenders is None and self.plans[last[0]].manifest.digest == plan.manifest.digest
-            if together and len(plan.todo) and size <= room:
+            if together and (same or size <= room):
                 last.append(number)
                 room -= size
             else:
-                groups.append([number])
-                # Asking the device takes importing torch: where something is to be computed, and beside something.
-                is_alone = len(self.plans) == 1 or not len(plan.todo)
-                room = 0.0 if is_alone else TOGETHER * _free_memory(self.run) - size
+                last = [number]
+                groups.append(last)
+                # Asking the device takes importing torch: where something is to be computed beside something.
+                room = 0.0 if len(self.plans) == 1 else TOGETHER * _free_memory(self.run) - size
         return groups
 
     def _pass(self, group: list[int]) -> dict[int, dict[str, Any]]:
@@ -195,7 +201,7 @@ class _Runs:
             return run_on_ray(plans, self.run, hooks)
 
         def network(position: int) -> "Backbone":
-            if ranks_of(self.run).speaks:
+            if ranks_of(self.run).speaks and not self.backbones.holds(group[position]):
                 show.say(f"{plans[position].name}: loading the backbone")
             return self.backbones.get(group[position], alone=len(group) == 1)
 
@@ -237,33 +243,30 @@ class _Backbones:
 
     def __init__(self, plans: "list[Plan]", run: RunConfig, lenders: "Lenders | None"):
         self._plans, self._run, self._lenders = plans, run, lenders
-        self._key: tuple[str, str] | None = None
+        self._key: str | None = None
         self._held: Backbone | None = None
+
+    def holds(self, number: int) -> bool:
+        """Whether the network of a plan is in memory."""
+        from featstore.store.layout import network_of
+
+        return self._held is not None and self._key == network_of(self._plans[number].spec)
 
     def get(self, number: int, *, alone: bool) -> "Backbone":
         from featstore.extraction.creation import load_backbone
         from featstore.extraction.distributed import ranks_of
         from featstore.extraction.pipeline import choose_device
+        from featstore.store.layout import network_of
 
         plan = self._plans[number]
         device = ranks_of(self._run).own_device(choose_device(self._run.device))
-        key = (files_key(plan), plan.spec["identity"]["compute_dtype"])
-        if self._held is not None and self._key == key:
+        if self._held is not None and self.holds(number):
             return self._held
         if alone:
             self._held = None  # let go of the one before
         backbone = load_backbone(plan, self._run, device) if self._lenders is None else self._lenders.load(number)
-        self._held, self._key = backbone, key
+        self._held, self._key = backbone, network_of(plan.spec)
         return backbone
-
-
-def files_key(plan: "Plan") -> str:
-    """Equal for plans that run the same network: of one model at several sizes, or over several data sets."""
-    from featstore import files
-
-    identity = plan.spec["identity"]
-    facts = {name: identity.get(name) for name in ("weights", "architecture", "pos_interp", "weight_dtype", "window")}
-    return files.digest(facts)
 
 
 def _report(summary: "Summary", who: str, *, quiet: bool) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What people see: sizes, tables, progress. Results go to stdout, the rest to stderr."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -52,8 +53,10 @@ def _clean(value: Any) -> Any:
     return value
 
 
-def table(title: str, columns: list[str], rows: list[list[str]], *, right: tuple[str, ...] = ()) -> None:
-    """A rich table on stdout, as wide as it needs to be when nobody looks at a screen."""
+def table(
+    title: str, columns: list[str], rows: list[list[str]], *, right: tuple[str, ...] = (), rule: int | None = None
+) -> None:
+    """A rich table on stdout, as wide as it needs to be when nobody looks at a screen; a line above row `rule`."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -61,7 +64,9 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, right: tuple
     made: Table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
+    for number, row in enumerate(rows):
+        if number and number == rule:
+            made.add_section()
         made.add_row(*row)
     console = Console(soft_wrap=False) if sys.stdout.isatty() else Console(width=200)
     console.print(made)
@@ -159,3 +164,24 @@ def megabytes(label: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
                 advance(done // 10**6 - before // 10**6)
 
         yield count
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Show on stderr what loops that train heads say of their progress."""
+
+    class Line(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage())
+
+    log, handler = logging.getLogger("probes.training"), Line()
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]

@@ -24,6 +24,7 @@ ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 DicomMode = Literal["standard", "raw_minmax", "xrv"]
 DecodeMode = Literal["full", "scaled"]
 Frames = Literal["first", "all"]
+Augmentation = Literal["dino", "radiology", "chest"]
 WorkerType = Literal["thread", "process"]
 Engine = Literal["local", "ray"]
 
@@ -203,6 +204,17 @@ class SetConfig:
     published: Annotated[
         str | None, "intensity, geometry and normalisation as a paper has them (`featstore intensities` lists them)"
     ] = None
+    views: Annotated[
+        int, "also make this many augmented copies of every image, each a set of its own, for heads that train on them"
+    ] = 0
+    view: Annotated[int | None, "make this one of the augmented copies alone, counted from 1"] = None
+    augment: Annotated[
+        Augmentation | None,
+        "what --views are: dino (crop of 8-100 %, mirrored or not; the default), radiology (crop of 75-100 %, mirrored "
+        "or not), chest (mirrored or not, turned by up to 7 degrees); mirroring swaps left and right, which labels of "
+        "a side do not follow",
+    ] = None
+    augment_seed: Annotated[int, "other copies for another number"] = 0
     name: Annotated[str | None, "model part of the set's name; default: the backbone's name"] = None
     block_rows: Annotated[int | None, "rows per commit (a power of two) of a new set; default: from size and cost"] = (
         None
@@ -221,14 +233,39 @@ class SetConfig:
         if self.min_cosine is not None and not -1 <= self.min_cosine <= 1:
             raise ConfigError(f"--min-cosine must lie between -1 and 1, got {self.min_cosine}")
         parse_window(self.window)
+        self._check_views()
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ConfigError(f"--name is letters, digits, '.', '_' and '-', got {self.name!r}")
         if self.block_rows is not None and (self.block_rows < 1 or self.block_rows & (self.block_rows - 1)):
             raise ConfigError(f"--block-rows must be a power of two (16, 256, 4096, ...), got {self.block_rows}")
 
+    def _check_views(self) -> None:
+        if self.views < 0 or self.augment_seed < 0:
+            raise ConfigError(
+                f"--views and --augment-seed must be at least 0, got {self.views} and {self.augment_seed}"
+            )
+        if self.view is not None and (self.views or self.view < 1):
+            raise ConfigError(
+                f"--view is the number of one augmented copy, from 1, without --views; got --view {self.view}"
+                + (f" --views {self.views}" if self.views else "")
+            )
+        if not self.views and self.view is None:
+            if self.augment is not None or self.augment_seed:
+                raise ConfigError("--augment and --augment-seed say what the copies of --views are; add --views 4")
+            return
+        if any(step.startswith("pca") for step in parse_reduce(self.reduce)):
+            raise ConfigError(
+                "--views: principal components are fitted for each set, so that those of augmented copies have other "
+                "axes; leave pca out of --reduce"
+            )
+        if self.augment is None:
+            object.__setattr__(self, "augment", "dino")
+
 
 def each_set(config: SetConfig) -> list[SetConfig]:
     """One configuration for every model and size of `--model a,b --res 224,512`, in that order.
+
+    After each come those of its augmented copies where `--views` asks for them.
 
     Raises:
         ConfigError: a list with an empty or repeated item, or with an option that is one model's own.
@@ -246,10 +283,19 @@ def each_set(config: SetConfig) -> list[SetConfig]:
                 f"{', '.join(given)} belongs to one model, and --model names {len(models)}; run that model by itself"
             )
     return [
-        replace(config, model=model.strip(), res=None if size is None else size.strip())
+        one
         for model in models
         for size in sizes
+        for one in _with_views(replace(config, model=model.strip(), res=None if size is None else size.strip()))
     ]
+
+
+def _with_views(config: SetConfig) -> list[SetConfig]:
+    """The plain set and each of its augmented copies."""
+    if not config.views:
+        return [config]
+    plain = replace(config, views=0, augment=None, augment_seed=0)
+    return [plain, *(replace(config, views=0, view=number) for number in range(1, config.views + 1))]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

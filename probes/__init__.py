@@ -17,8 +17,17 @@ if TYPE_CHECKING:
 
 # name -> function(task, features, config) -> Fitted
 PROBES = {
-    "knn": "probes.selection:fit_knn",
-    "linear": "probes.selection:fit_linear",
+    "knn": "probes.knn_fit:fit_knn",
+    "linear": "probes.linear:fit_linear",
+    "mlp": "probes.mlp:fit_mlp",
+    "attentive": "probes.attentive:fit_attentive",
+    "mil": "probes.mil:fit_mil",
+}
+# The same for what every probe must beat (see `probes.baselines`); `probes all` makes them.
+BASELINES = {
+    "baseline:chance": "probes.baselines:fit_chance",
+    "baseline:majority": "probes.baselines:fit_majority",
+    "baseline:metadata": "probes.baselines:fit_metadata",
 }
 
 

@@ -7,10 +7,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
-from sklearn.utils.validation import validate_data
 
 from featstore.errors import ConfigError, TaskError
-from probes.checks import check_finite, check_width
+from probes.checks import check_finite
 from probes.neighbours import SCORE_BYTES, Backend, Device, Index, build_index, distances, ranked, unit_rows
 from probes.votes import VOTES, Vote, distance_weights, softmax_weights
 
@@ -62,25 +61,6 @@ class NeighbourEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
             raise ConfigError(f"k={k} is not among the fitted {', '.join(map(str, self.ks_))}; pass it as k before fit")
         self.k_ = k
         return self
-
-    def _features(self, X: Any, *, reset: bool) -> Float[np.ndarray, "N D"]:
-        """Features as an array of numbers; their width is learned, or compared with what was learned.
-
-        Raises:
-            TaskError: another width. ValueError: no table of real numbers (scikit-learn's words).
-        """
-        if not reset and isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] != self.n_features_in_:
-            try:
-                check_width(X, self.n_features_in_)
-            except TaskError as error:
-                raise TaskError(
-                    f"{error} (X has {X.shape[1]} features, but {type(self).__name__} is expecting "
-                    f"{self.n_features_in_} features as input)"
-                ) from None
-        made = validate_data(
-            self, X, reset=reset, dtype="numeric", ensure_all_finite=False, ensure_min_samples=0, order="C"
-        )
-        return np.asarray(made if np.issubdtype(made.dtype, np.floating) else made.astype(np.float64))
 
     def _build(self, X: Float[np.ndarray, "N D"], used: Bool[np.ndarray, " N"], reserve: int = 0) -> None:
         """Take the used rows as the bank; k is at most their number less `reserve`.

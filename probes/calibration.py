@@ -4,6 +4,7 @@ A temperature divides logits; it never changes a ranking of one label's rows. It
 threshold, refuses the rows it was found on. Source: Guo et al. 2017.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,7 +39,8 @@ def logits_of(probabilities: Float[np.ndarray, "..."]) -> Float[np.ndarray, "...
 class Temperature:
     """Divisor of the logits of every label; `at_bound` marks those that reached the end of what is sought.
 
-    A label without both classes among the rows it was found on keeps 1 where each label has its own.
+    A label without both classes among the rows it was found on keeps 1 where each label has its own. `softmax` marks
+    the one temperature of a categorical label: it divides the logarithms of its probabilities, which then add up to 1.
     """
 
     values: Float[np.ndarray, " L"]
@@ -46,6 +48,7 @@ class Temperature:
     at_bound: tuple[bool, ...]
     shared: bool
     fitted_on: FittedOn = field(repr=False)
+    softmax: bool = False
 
     def apply(self, scored: Scored) -> Float[np.ndarray, "N L"]:
         """Calibrated probabilities of other samples.
@@ -56,6 +59,8 @@ class Temperature:
         if scored.labels != self.labels:
             raise TaskError(f"temperatures of {', '.join(self.labels)} do not fit scores of {', '.join(scored.labels)}")
         self.fitted_on.check_apart(scored, "a temperature")
+        if self.softmax:
+            return np.where(scored.mask, _softmax(_log(scored.scores) / self.values), scored.scores)
         valid = np.where(scored.mask, scored.scores, 0.5)
         return np.where(scored.mask, _sigmoid(logits_of(valid) / self.values), scored.scores)
 
@@ -86,21 +91,64 @@ def fit_temperature(validation: Scored, *, shared: bool = False) -> Temperature:
     return Temperature(1 / sharpness, validation.labels, tuple(bound.tolist()), shared, FittedOn.of(validation))
 
 
+def fit_class_temperature(validation: Scored) -> Temperature:
+    """The temperature of a categorical label: `validation` has a column for each class, 1 for the class of a row.
+
+    The log loss of softmax(log(p) / T) is convex in 1 / T as well.
+
+    Raises:
+        TaskError: rows of one class alone, or scores that are no probabilities.
+    """
+    rows = validation.mask.all(1)
+    number = validation.y[rows].argmax(1)
+    if len(np.unique(number)) < 2:
+        raise TaskError("the validation rows are of one class, so no temperature can be found")
+    z = _log(validation.scores[rows])
+    own = z[np.arange(len(z)), number].sum()
+
+    def slopes(b: float) -> tuple[float, float]:
+        p = _softmax(z * b)
+        mean = (p * z).sum(1)
+        return float(mean.sum() - own), float(((p * z * z).sum(1) - mean**2).sum())
+
+    sharpness = _root(slopes)
+    count = len(validation.labels)
+    bound = (sharpness in SHARPNESS,) * count
+    fitted_on = FittedOn.of(validation)
+    return Temperature(np.full(count, 1 / sharpness), validation.labels, bound, True, fitted_on, softmax=True)
+
+
+def _log(probabilities: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
+    """Logarithms, of 1e-7 at least."""
+    logits_of(probabilities)  # refuses what is no probability
+    return np.log(np.maximum(probabilities.astype(np.float64), CLIP))
+
+
+def _softmax(z: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
+    powers = np.exp(z - z.max(1, keepdims=True, initial=-np.inf))
+    return np.asarray(powers / powers.sum(1, keepdims=True))
+
+
 def _sharpness(z: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
     """1 / T where the slope sum(z (sigmoid(z b) - y)) of the convex log loss is zero, or the bound it points to."""
+
+    def slopes(b: float) -> tuple[float, float]:
+        p = _sigmoid(z * b)
+        return float(z @ (p - y)), float((z * z) @ (p * (1 - p)))
+
+    return _root(slopes)
+
+
+def _root(slopes: Callable[[float], tuple[float, float]]) -> float:
+    """Where a rising slope is zero, by Newton's method in a shrinking bracket; `slopes` gives it and its derivative."""
     low, high = SHARPNESS
-
-    def slope(b: float) -> float:
-        return float(z @ (_sigmoid(z * b) - y))
-
-    if slope(low) >= 0:
+    if slopes(low)[0] >= 0:
         return low
-    if slope(high) <= 0:
+    if slopes(high)[0] <= 0:
         return high
     b = 1.0
     for _ in range(200):
-        p = _sigmoid(z * b)
-        value, curvature = float(z @ (p - y)), float((z * z) @ (p * (1 - p)))
+        value, curvature = slopes(b)
         low, high = (b, high) if value < 0 else (low, b)
         step = b - value / curvature if curvature > 0 else low
         after = step if low < step < high else (low * high) ** 0.5
@@ -173,6 +221,19 @@ def calibration(scored: Scored, *, num_bins: int = NUM_BINS) -> list[dict[str, f
             }
         )
     return found
+
+
+def class_calibration(scored: Scored, *, num_bins: int = NUM_BINS) -> dict[str, float]:
+    """The same of a categorical label with a column for each class: ECE of the largest probability, Brier over all."""
+    rows = scored.mask.all(1)
+    y, probabilities = scored.y[rows].argmax(1), scored.scores[rows].astype(np.float64)
+    right = (probabilities.argmax(1) == y).astype(np.float64)
+    largest = probabilities.max(1, initial=0)
+    return {
+        "ece": expected_calibration_error(right, largest, num_bins=num_bins),
+        "ece_mass": expected_calibration_error(right, largest, num_bins=num_bins, bins="mass"),
+        "brier": brier_classes(y, probabilities),
+    }
 
 
 def _mean(values: Float[np.ndarray, " n"]) -> float:

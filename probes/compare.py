@@ -5,6 +5,7 @@ protocols is said first.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,15 @@ import numpy as np
 from featstore.errors import ConfigError, TaskError
 from featstore.objects import Place
 from featstore.store.catalog import Store
+from probes.compare_curves import compare_curves
+from probes.compare_seeds import check_seeds, common, names_of, seed_of, seed_spread
+from probes.manifest_columns import parts
 from probes.paired import Criteria, Pair, compare_pair
-from probes.records import float_or_nan, load_records
-from probes.score_tables import ScoreTable, open_scores
-from probes.subgroups import find_column, subgroup_rows
+from probes.price import price_of
+from probes.protocol import differing
+from probes.regression import NUMBER_METRICS, NumberKind
+from probes.score_tables import ScoreTable, open_scores, record_of
 from probes.thresholds import Scored, Thresholds, fit_thresholds
-
-# What two records are compared for; anything else that differs is another protocol.
-COMPARED = ("set", "features", "weights")
 
 
 def compare(
@@ -34,53 +36,91 @@ def compare(
 ) -> dict[str, Any]:
     """Compare two records (id, start of an id, or path) or score files (CSV, TSV, Parquet); plain values.
 
-    `{"a", "b", "differs", "protocol_differs", "shared", "notes", "result", "subgroups", "seeds", "thresholds"}`;
-    `result` as in `probes.paired.compare_pair`, and so is each of `subgroups`, with `column` and `value`. With
+    `{"a", "b", "differs", "protocol_differs", "shared", "notes", "result", "price", "subgroups", "seeds",
+    "thresholds"}`; `result` as in `probes.paired.compare_pair`, and so is each of `subgroups`, with `column` and
+    `value`; `price` as in `probes.price.price_of`. With
     `youden`, decisions of A and B are taken at thresholds found on their own validation rows; else at 0.5.
+    Several names separated by commas are runs that differ in their seed: means over seeds are compared. Two few-shot
+    curves are compared at each budget, see `probes.compare_curves`.
 
     Raises:
-        UnknownNameError: no such record, file or subgroup. TaskError: no shared sample or label, or another truth.
-        ConfigError: a threshold for a metric that has none.
+        UnknownNameError: no such record, file or subgroup. TaskError: no shared sample or label, or another truth;
+            runs that differ in more than their seed; curves of other draws.
+        ConfigError: a metric or threshold that what is compared does not have.
     """
-    if youden and criteria.metric in ("auroc", "auprc"):
+    names = names_of(a), names_of(b)
+    records = [[record_of(name, folder) for name in side] for side in names]
+    if any(record is not None and "curve" in record for side in records for record in side):
+        return compare_curves(records, criteria, subgroups=bool(subgroups), youden=youden)
+    for side, runs in zip("AB", records):
+        check_seeds(side, runs)
+    sides = tuple([open_scores(name, folder) for name in side] for side in names)
+    pair, notes = join_all(*sides, metric=criteria.metric)
+    criteria = criteria.of(pair.kind)
+    if youden and criteria.metric in ("auroc", "auprc", *NUMBER_METRICS["regression"], *NUMBER_METRICS["ordinal"]):
         raise ConfigError(
             f"--threshold youden changes nothing of {criteria.metric}, which takes no decisions; leave it out"
         )
-    tables = open_scores(a, folder), open_scores(b, folder)
-    pair, notes = join(*tables)
-    thresholds = _thresholds((a, b), folder, pair) if youden else (0.5, 0.5)
+    limits: list[list[Any]] = [_thresholds(side, folder, pair) if youden else [0.5] * len(side) for side in names]
+    tables = sides[0][0], sides[1][0]
+    result = compare_pair(pair, criteria, (limits[0], limits[1]))
     return {
-        "a": _source(tables[0]),
-        "b": _source(tables[1]),
-        **_differing(tables),
+        "a": _source(sides[0]),
+        "b": _source(sides[1]),
+        **differing(tables[0].record, tables[1].record, [table.name for table in tables if table.record is None]),
         "shared": {"samples": len(pair.ids), "patients": len(np.unique(pair.groups)), "labels": list(pair.labels)},
         "notes": notes,
         "thresholds": {
             "how": "youden on validation" if youden else "0.5",
-            "a": _named(pair, thresholds[0]),
-            "b": _named(pair, thresholds[1]),
+            "a": _named(pair, limits[0]),
+            "b": _named(pair, limits[1]),
         },
-        "result": compare_pair(pair, criteria, thresholds),
+        "result": result,
+        "price": price_of(records[0], records[1], result),
         "subgroups": [
-            {"column": column, "value": value, **compare_pair(pair.part(rows), criteria, thresholds)}
-            for column, value, rows in _parts(pair, tables, subgroups, store)
+            {"column": column, "value": value, **compare_pair(pair.part(rows), criteria, (limits[0], limits[1]))}
+            for column, value, rows in parts(tables, pair.ids, subgroups, store)
         ],
         "seeds": {
-            name: seed_spread(table.record, folder, criteria.metric)
-            for name, table in zip("ab", tables)
-            if table.record is not None
+            name: seed_spread(side[0].record, folder, str(criteria.metric))
+            for name, side in zip("ab", sides)
+            if side[0].record is not None and len(side) == 1
         },
     }
 
 
-def join(a: ScoreTable, b: ScoreTable) -> tuple[Pair, list[str]]:
+def join_all(a: Sequence[ScoreTable], b: Sequence[ScoreTable], *, metric: str | None = None) -> tuple[Pair, list[str]]:
+    """The pair of two sides of one or more models each; see `join`. `metric` says that files hold numbers."""
+    if len(a) + len(b) == 2:
+        return join(a[0], b[0], metric=metric)
+    ids, labels = common([*a, *b])
+    left = max(len(table.ids) for table in (*a, *b)) - len(ids)
+    notes = [f"samples that not all models have, left out: {left}"] if left else []
+    every = [table.rows(ids, labels) for table in (*a, *b)]
+    pair, said = join(every[0], every[len(a)], metric=metric)
+    mask = pair.mask
+    for table in every[1:]:
+        mask = mask & join(every[0], table, metric=metric)[0].mask
+    scores = [table.scores for table in every]
+    seeds = [[seed_of(table.record) for table in side if table.record is not None] for side in (a, b)]
+    same = seeds[0] == seeds[1] and len(seeds[0]) == len(a) == len(b)
+    further = tuple(scores[1 : len(a)]), tuple(scores[len(a) + 1 :])
+    return replace(pair, mask=mask, further=further, same_seeds=same), [*notes, *said]
+
+
+def join(a: ScoreTable, b: ScoreTable, *, metric: str | None = None) -> tuple[Pair, list[str]]:
     """Samples and labels that both have, in A's order, and notes on what is left out.
 
-    Truth and patients come from whichever has them; where both have a truth it must agree.
+    Truth and patients come from whichever has them; where both have a truth it must agree. Two files hold numbers
+    where a `metric` of numbers is asked for.
 
     Raises:
-        TaskError: nothing is shared, no truth at all, or truths or patients that contradict each other.
+        TaskError: nothing is shared, no truth at all, or truths or patients that contradict each other; numbers beside
+            labels.
     """
+    numbers = _numbers(a, b, metric)
+    if numbers is None:
+        a, b = a.of_labels(), b.of_labels()
     theirs, known = set(b.ids), set(b.labels)
     ids = tuple(name for name in a.ids if name in theirs)
     labels = tuple(label for label in a.labels if label in known)
@@ -96,7 +136,7 @@ def join(a: ScoreTable, b: ScoreTable) -> tuple[Pair, list[str]]:
         for side, names in zip("AB", pairs)
         if len(names) > len(shared)
     ]
-    classes = a.classes and b.classes and len(labels) == len(a.labels) == len(b.labels)
+    classes = numbers is None and a.classes and b.classes and len(labels) == len(a.labels) == len(b.labels)
     if (a.classes or b.classes) and not classes:
         notes.append("classes that only one of them has: each shared class is compared against the rest")
     a, b = a.rows(ids, labels), b.rows(ids, labels)
@@ -109,10 +149,24 @@ def join(a: ScoreTable, b: ScoreTable) -> tuple[Pair, list[str]]:
         if table.mask is not None and (lost := int((table.mask & finite & ~mask).sum())):
             notes.append(f"{lost} entries that {side} scored are masked in the other and are left out")
     groups, said = _groups(a, b)
-    pair = Pair(ids, groups, labels, "multilabel", y, mask, a.scores, b.scores)
+    ranks = max(a.num_classes, b.num_classes)
+    pair = Pair(ids, groups, labels, numbers or "multilabel", y, mask, a.scores, b.scores, num_classes=ranks)
     if classes:
         pair = Pair(ids, groups, labels, "multiclass", y.argmax(1), np.asarray(mask.all(1)), a.scores, b.scores)
     return pair, [*notes, *said]
+
+
+def _numbers(a: ScoreTable, b: ScoreTable, metric: str | None) -> NumberKind | None:
+    """What kind of numbers are compared; None for labels and classes. A file is what its partner is."""
+    kinds = {table.numbers or "labels" for table in (a, b) if table.record is not None}
+    if len(kinds) > 1:
+        said = " and ".join(f"{table.name} of {table.numbers or 'labels'}" for table in (a, b))
+        raise TaskError(f"records of one kind of task are compared, got {said}")
+    if a.numbers == b.numbers == "ordinal" and a.num_classes != b.num_classes:
+        raise TaskError(f"ranks of one scale are compared, got {a.num_classes} and {b.num_classes} classes")
+    if kinds:
+        return a.numbers or b.numbers
+    return "regression" if metric in NUMBER_METRICS["regression"] else None
 
 
 def _truth(a: ScoreTable, b: ScoreTable) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +179,7 @@ def _truth(a: ScoreTable, b: ScoreTable) -> tuple[np.ndarray, np.ndarray]:
     y, mask = known[0][0].copy(), known[0][1].copy()
     if len(known) == 2:
         both = mask & known[1][1]
-        wrong = both & (y != known[1][0])
+        wrong = both & ~np.isclose(y, known[1][0], rtol=1e-6, atol=0)  # decimal text of a number may be shorter
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             raise TaskError(
@@ -151,156 +205,48 @@ def _groups(a: ScoreTable, b: ScoreTable) -> tuple[np.ndarray, list[str]]:
     return groups, []
 
 
-def _named(pair: Pair, thresholds: Any) -> dict[str, float] | None:
-    """Threshold of each label; None where classes are decided by the largest score."""
-    if pair.kind == "multiclass":
+def _named(pair: Pair, thresholds: Sequence[Any]) -> Any:
+    """Threshold of each label, of several seeds one each; None where classes or numbers have none."""
+    if pair.kind != "multilabel":
         return None
-    return dict(zip(pair.labels, np.broadcast_to(thresholds, len(pair.labels)).tolist()))
+    made = [dict(zip(pair.labels, np.broadcast_to(each, len(pair.labels)).tolist())) for each in thresholds]
+    return made[0] if len(made) == 1 else made
 
 
-def _source(table: ScoreTable) -> dict[str, Any]:
-    if table.record is None:
-        return {"name": table.name, "record": None}
-    random = " RANDOM WEIGHTS" if table.record["random_weights"] else ""
-    return {"name": table.name + random, "record": table.record["id"]}
+def _source(tables: Sequence[ScoreTable]) -> dict[str, Any]:
+    record = tables[0].record
+    if record is None:
+        return {"name": tables[0].name, "record": None}
+    random = " RANDOM WEIGHTS" if record["random_weights"] else ""
+    if len(tables) == 1:
+        return {"name": tables[0].name + random, "record": record["id"]}
+    ids = [table.record["id"] for table in tables if table.record is not None]
+    seeds = [seed_of(table.record) for table in tables if table.record is not None]
+    return {"name": f"{tables[0].name}{random}, {len(ids)} seeds", "record": ids, "seeds": seeds}
 
 
-def protocol_fields(record: dict[str, Any]) -> dict[str, Any]:
-    """Everything that says how a record came about, field by field, for telling two of them apart."""
-    fields = {
-        "set": record["set"],
-        "features": record["features"],
-        "weights": record["weights"],
-        "dataset": record["dataset"],
-        "test data set": record["test"]["dataset"] if "test" in record else record["dataset"],
-        "probe": record["probe"],
-        "manifest": record["manifest"],
-        "geometry": (record["preprocess"] or {}).get("geometry"),
-        "compute dtype": record["compute_dtype"],
-        **{f"task {name}": record["task"].get(name) for name in ("name", "digest", "kind", "labels", "unit", "pool")},
-        "deviations": record["deviations"],
-    }
-    # An option that was not given stands for its default, also in records from before there was one.
-    given = {name: value for name, value in record["config"]["head"].items() if value is not None}
-    return fields | {f"option {name}": value for name, value in sorted(given.items())}
-
-
-def _differing(tables: tuple[ScoreTable, ScoreTable]) -> dict[str, Any]:
-    """What differs between two records, and which of it is protocol; of a file nothing is known."""
-    if tables[0].record is None or tables[1].record is None:
-        files = [table.name for table in tables if table.record is None]
-        return {
-            "differs": {},
-            "protocol_differs": [f"{name} is a file of scores: how they were made is not known" for name in files],
-        }
-    a, b = (protocol_fields(table.record) for table in tables if table.record is not None)
-    differs = {name: [a.get(name), b.get(name)] for name in {**a, **b} if a.get(name) != b.get(name)}
-    return {"differs": differs, "protocol_differs": [name for name in differs if name not in COMPARED]}
-
-
-def _thresholds(names: tuple[str, str], folder: Place, pair: Pair) -> tuple[Any, Any]:
+def _thresholds(names: Sequence[str], folder: Place, pair: Pair) -> list[Any]:
     """Thresholds of each model from its own validation rows; refused where a compared sample is among them."""
     if pair.kind == "multiclass":
         raise TaskError("classes are decided by the largest score and have no threshold; leave --threshold out")
-    found = []
-    for name, scores in zip(names, (pair.a, pair.b)):
+    made = []
+    for name in names:
         table = open_scores(name, folder, split="val")
-        table = table.rows(table.ids, pair.labels)
-        fitted: Thresholds = fit_thresholds(_scored(table))
-        fitted.check(Scored(pair.y, scores, pair.mask, pair.ids, tuple(map(str, pair.groups)), pair.labels))
-        found.append(fitted.values)
-    return found[0], found[1]
+        table = table.rows(table.ids, pair.labels).of_labels()
+        fitted: Thresholds = fit_thresholds(scored_of(table))
+        fitted.check(Scored(pair.y, pair.a, pair.mask, pair.ids, tuple(map(str, pair.groups)), pair.labels))
+        made.append(fitted.values)
+    return made
 
 
-def _scored(table: ScoreTable) -> Scored:
+def scored_of(table: ScoreTable) -> Scored:
+    """A table with a truth in the form that thresholds take.
+
+    Raises:
+        TaskError: no truth.
+    """
     if table.y is None or table.mask is None:
         raise TaskError(f"{table.name}: the validation rows have no truth to find a threshold with; add label:NAME")
     mask = table.mask & np.isfinite(table.scores)
     groups = table.ids if table.groups is None else tuple(map(str, table.groups.tolist()))
     return Scored(table.y, table.scores, mask, table.ids, groups, table.labels)
-
-
-def _parts(
-    pair: Pair, tables: tuple[ScoreTable, ScoreTable], subgroups: Sequence[str], store: Store
-) -> list[tuple[str, str, np.ndarray]]:
-    """(column, value, rows) of every subgroup with a sample."""
-    found = []
-    for asked in subgroups:
-        name, values = _column(pair, tables, asked, store)
-        found += [(name, value, rows) for value, rows in subgroup_rows(name, values).items()]
-    return found
-
-
-def _column(pair: Pair, tables: tuple[ScoreTable, ScoreTable], asked: str, store: Store) -> tuple[str, list[Any]]:
-    """A column of a score file, else of a record's manifest; a unit of images has a value where all of them agree."""
-    names: list[str] = []
-    for table in tables:
-        if table.record is None:
-            columns = dict(table.rows(pair.ids, pair.labels).columns)
-        else:
-            columns = _manifest_columns(table.record, pair.ids, asked, store)
-        names += columns
-        try:
-            name = find_column(list(columns), asked)
-        except LookupError:
-            continue
-        return name, columns[name]
-    return find_column(names, asked), []
-
-
-def _manifest_columns(record: dict[str, Any], ids: tuple[str, ...], asked: str, store: Store) -> dict[str, list[Any]]:
-    """The column asked for (or, where there is none, the names of all) for a record's test samples."""
-    test = record.get("test", record)
-    manifest = store.manifest(test["dataset"], test["manifest"])
-    names = [name for name in manifest.table.column_names if name not in ("content", "mtime_ns")]
-    try:
-        name = find_column(names, asked)
-    except LookupError:
-        return {other: [] for other in names}
-    unit = record["task"]["unit"]
-    keys = (
-        manifest.place("volume")
-        if unit == "volume"
-        else manifest.column({"image": "id", "study": "study", "patient": "group"}[unit])
-    )
-    values: dict[str, set[Any]] = {}
-    for key, group, value in zip(keys, manifest.column("group"), manifest.column(name)):
-        for text in (str(key), f"{group}/{key}"):  # ids that patients share carry the patient's
-            values.setdefault(text, set()).add(value)
-    if not any(key in values for key in ids):
-        raise TaskError(f"the {unit}s of this record cannot be found in the manifest; subgroups need their rows")
-    one = {key: next(iter(cells)) if len(cells) == 1 else None for key, cells in values.items()}
-    return {name: [one.get(key) for key in ids]}
-
-
-def seed_spread(record: dict[str, Any], folder: Place, metric: str) -> dict[str, Any] | None:
-    """Test values of the records that differ from this one in their seed only; None where there is no other.
-
-    `{"metric", "seeds": {seed: value}, "mean", "sd", "min", "max"}`; the latest record of each seed counts.
-    """
-    own = _without_seed(record)
-    alike = load_records(folder, dataset=record["dataset"], probe=record["probe"], fingerprint=record["fingerprint"])
-    seeds = {
-        str(_seed_of(other)): float_or_nan(other["metrics"]["test"]["macro"].get(metric))
-        for other in alike
-        if _without_seed(other) == own
-    }
-    if len(seeds) < 2:
-        return None
-    values = np.array(list(seeds.values()))
-    return {
-        "metric": metric,
-        "seeds": seeds,
-        "mean": float(values.mean()),
-        "sd": float(values.std(ddof=1)),
-        "min": float(values.min()),
-        "max": float(values.max()),
-    }
-
-
-def _without_seed(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in protocol_fields(record).items() if name != "option seed"}
-
-
-def _seed_of(record: dict[str, Any]) -> Any:
-    return record["config"]["head"].get("seed", record["seed"])

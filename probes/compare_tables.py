@@ -3,7 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+from probes.paired import LOSSES
+from probes.price import price_lines, price_table
+from probes.regression import NUMBER_METRICS
 from probes.report import Table, with_interval
+
+NUMBERS = {*NUMBER_METRICS["regression"], *NUMBER_METRICS["ordinal"]}
 
 
 def p_text(value: float | None) -> str:
@@ -46,11 +51,56 @@ def result_table(found: dict[str, Any]) -> Table:
         f"{result['metric']} · {found['shared']['samples']} samples of {found['shared']['patients']} patients, "
         f"{result['num_resamples']} resamples by patient"
     )
-    rows = [["macro", "", "", *_cells(result["macro"], ways, margin), "", ""]]
+    counts = [name for name in ("positives", "n") if all(name in entry for entry in result["per_label"])]
+    rows = [["macro", *("" for _ in counts), *_cells(result["macro"], ways, margin), "", ""]]
     for entry in result["per_label"]:
         adjusted = [p_text(entry[name][ways[-1]]) for name in ("p_holm", "p_bh")]
-        rows.append([entry["label"], str(entry["positives"]), str(entry["n"]), *_cells(entry, ways, margin), *adjusted])
-    return title, ["label", "positives", "n", *_headings(result), "p Holm", "p BH"], rows
+        rows.append([entry["label"], *(str(entry[name]) for name in counts), *_cells(entry, ways, margin), *adjusted])
+    return title, ["label", *counts, *_headings(result), "p Holm", "p BH"], rows
+
+
+def curve_table(found: dict[str, Any]) -> list[Table]:
+    """The macro of two curves, one row a budget, then every label."""
+    percent = f"[{100 * found['level']:g}%]"
+    columns = ["budget", "A", "B", f"A - B {percent}", "standard error", "A better"]
+    title = f"{found['metric']} · mean over {found['shared']['repeats']} draws of shots, the same for both"
+
+    def row(name: str, entry: dict[str, Any]) -> list[str]:
+        error = entry["delta"].get("standard_error")
+        share = "-" if entry["better"] != entry["better"] else f"{100 * entry['better']:.0f} %"
+        plain = [with_interval(entry[side], None) for side in "ab"]
+        return [name, *plain, _signed(entry["delta"]), "-" if error is None else f"{error:.4f}", share]
+
+    made: list[Table] = [(f"{title} · macro", columns, [row(item["name"], item["macro"]) for item in found["curve"]])]
+    for label in found["shared"]["labels"]:
+        rows = [
+            row(item["name"], entry)
+            for item in found["curve"]
+            for entry in item["per_label"]
+            if entry["label"] == label
+        ]
+        made.append((label, columns, rows))
+    return made
+
+
+def seed_lines(result: dict[str, Any]) -> list[str]:
+    """How far seeds lie apart, and the interval that holds them too."""
+    spread = result["macro"].get("seeds")
+    if spread is None:
+        return []
+    lines = []
+    for side in "ab":
+        values = spread[side]
+        sd = spread[f"sd_{side}"]
+        told = f"sd {sd:.3f}, {min(values):.3f} to {max(values):.3f}" if sd is not None else "its spread is not known"
+        lines.append(f"{side.upper()}: {len(values)} seed{'s' if len(values) > 1 else ''}, {told}")
+    delta = spread["delta"]
+    how = "seed by seed" if spread["paired"] else "over both sides' seeds"
+    lines.append(
+        f"A - B of the means over seeds; with the chance of the seeds ({how}) as well: {_signed(delta)}, "
+        f"standard error {delta['standard_error']:.4f}; the table's intervals and p-values hold that of the patients"
+    )
+    return lines
 
 
 def subgroup_table(found: dict[str, Any]) -> Table:
@@ -86,7 +136,10 @@ def lines_after(found: dict[str, Any]) -> list[str]:
     lines = list(found["notes"])
     left = len(result["per_label"]) - result["num_labels"]
     if left:
-        lines.append(f"{left} labels have one class among these samples; the macro and the family leave them out")
+        what = "targets have one value" if result["metric"] in NUMBERS else "labels have one class"
+        lines.append(f"{left} {what} among these samples; the macro and the family leave them out")
+    if result["metric"] in LOSSES:
+        lines.append(f"of {result['metric']} less is better: A is the better one where A - B is below 0")
     if result["metric"] not in ("auroc", "auprc") and found["thresholds"]["a"] is not None:
         lines.append(f"decided at thresholds: {found['thresholds']['how']}")
     if result["margin"] is not None:
@@ -106,6 +159,7 @@ def lines_after(found: dict[str, Any]) -> list[str]:
                 f"(sd {spread['sd']:.3f}, {spread['min']:.3f} to {spread['max']:.3f}), "
                 "which the interval of one seed lacks"
             )
+    lines += seed_lines(result)
     lines += [f"warning: {text}" for text in result["few"]]
     for part in found["subgroups"]:
         if part["few"]:
@@ -118,8 +172,18 @@ def print_comparison(found: dict[str, Any], show: Callable[..., None]) -> None:
     """Print everything through `show(title, columns, rows, right=...)`."""
     for line in lines_before(found):
         print(line)
+    if "curve" in found:
+        for table in curve_table(found):
+            show(*table, right=("A better", "standard error"))
+        for line in found["notes"]:
+            print(f"  {line}")
+        return
     show(*result_table(found), right=("positives", "n"))
     if found["subgroups"]:
         show(*subgroup_table(found), right=("n", "patients", "labels"))
     for line in lines_after(found):
         print(f"  {line}")
+    if found["price"]:
+        show(*price_table(found["price"]))
+        for line in price_lines(found["price"]):
+            print(f"  {line}")

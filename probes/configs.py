@@ -27,8 +27,8 @@ def _names(text: str | None) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
-    """What is evaluated: data, labels, features."""
+class DataConfig:
+    """What every evaluation is of: data, labels, features."""
 
     dataset: Annotated[str, "registered data set"]
     model: Annotated[str | None, "set or sets to evaluate: MODEL, MODEL@RES; default: every set of the data set"] = None
@@ -36,11 +36,11 @@ class EvalConfig:
     labels: Annotated[str, "label columns: one categorical, or several of 0/1/-1/blank"] = ""
     where: Annotated[str, "keep rows by column: source=nih,view=AP|PA"] = ""
     features: Annotated[
-        str | None, "cls, mean_patch, cls+mean_patch, mean_all, ...; default: cls+mean_patch and cls"
+        str | None,
+        "cls, mean_patch, cls+mean_patch, mean_all, ..., or several, comma-separated; default: cls+mean_patch and cls",
     ] = None
     manifest: Annotated[str | None, "digest of an older manifest of the data set; default: the current one"] = None
-    resamples: Annotated[int, "bootstrap resamples (by patient) for the intervals"] = 1000
-    seed: Annotated[int, "seed of the bootstrap"] = 0
+    seed: Annotated[int, "seed of what is drawn"] = 0
     allow_leak: Annotated[
         bool, "go on although a patient or an image stands in two splits, or in both data sets; the record says so"
     ] = False
@@ -49,8 +49,69 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.task and self.labels:
             raise ConfigError("--task and --labels exclude each other; give one")
+        if self.features is not None and not _names(self.features):
+            raise ConfigError(f"--features names features, comma-separated; got {self.features!r}")
+        if self.seed < 0:
+            raise ConfigError(f"--seed must be 0 or more, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig(DataConfig):
+    """What is evaluated, and how its numbers are bounded."""
+
+    seed: Annotated[int, "seed of the bootstrap"] = 0
+    resamples: Annotated[int, "bootstrap resamples (by patient) for the intervals"] = 1000
+    choose_features: Annotated[
+        bool,
+        "one record with the features that are best on validation: of --features, else cls, mean_patch, both, last4",
+    ] = False
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)  # super() does not know a class that slots made again
         if self.resamples < 2:
             raise ConfigError(f"--resamples must be at least 2, got {self.resamples}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitConfig:
+    """Folds in place of the task's own splits, and what is resampled beside the scores of test rows."""
+
+    folds: Annotated[
+        int | None,
+        "cross-validation over all rows, by patient: a record per fold (test; the next fold selects), and all",
+    ] = None
+    fold_seed: Annotated[int, "seed of the folds"] = 0
+    fold_column: Annotated[str, "the manifest's column that numbers or names the folds, in place of --folds"] = ""
+    fold_val: Annotated[
+        float | None, "share of all patients to select with, in place of a whole fold: 0.1 is 7:1:2 with 5 folds"
+    ] = None
+    train_resamples: Annotated[
+        int | None,
+        "also an interval over heads fitted again on so many resamples of the training patients (strength kept)",
+    ] = None
+    test_youden: Annotated[
+        bool, "also intervals of the optimistic metrics, each test resample at the threshold that is best on it"
+    ] = False
+
+    def __post_init__(self) -> None:
+        if self.folds is not None and self.fold_column:
+            raise ConfigError("--folds and --fold-column exclude each other; give one")
+        if self.folds is not None and self.folds < 2:
+            raise ConfigError(f"--folds must be at least 2, got {self.folds}")
+        if self.fold_seed < 0:
+            raise ConfigError(f"--fold-seed must be 0 or more, got {self.fold_seed}")
+        if self.fold_val is not None and not 0 < self.fold_val < 1:
+            raise ConfigError(f"--fold-val must lie between 0 and 1, got {self.fold_val}")
+        if not self.crossed and (self.fold_val is not None or self.fold_seed):
+            flag = "--fold-val" if self.fold_val is not None else "--fold-seed"
+            raise ConfigError(f"{flag} belongs to --folds or --fold-column; give one")
+        if self.train_resamples is not None and self.train_resamples < 2:
+            raise ConfigError(f"--train-resamples must be at least 2, got {self.train_resamples}")
+
+    @property
+    def crossed(self) -> bool:
+        """Whether folds take the place of the task's splits."""
+        return self.folds is not None or bool(self.fold_column)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +139,16 @@ class TaskConfig:
     test_task: Annotated[
         str | None, "task of the other data sets, or one each (NAME,NAME); default: theirs that shares most labels"
     ] = None
+    label_noise: Annotated[
+        float, "flip this share of the positive training labels, and a quarter of it of the negative ones; 0: none"
+    ] = 0.0
+    noise_seed: Annotated[int, "seed of the flips"] = 42
 
     def __post_init__(self) -> None:
+        if not 0 <= self.label_noise <= 1:
+            raise ConfigError(f"--label-noise is a share from 0 to 1, got {self.label_noise}")
+        if self.noise_seed < 0:
+            raise ConfigError(f"--noise-seed must be 0 or more, got {self.noise_seed}")
         if self.policies and self.test_dataset:
             raise ConfigError("--policies and --test-dataset exclude each other; give one")
         if self.policies and self.train_policy:
@@ -165,23 +234,80 @@ class KnnConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearConfig:
-    """Logistic regression, or ridge regression for numbers and ranks, at scikit-learn's objectives."""
+    """Logistic regression, or ridge regression for numbers and ranks, at scikit-learn's objectives; or heads trained by
+    stochastic gradients as a paper has it."""
 
     C: Annotated[
         str | None, "inverse strength(s) of the L2 penalty, as in scikit-learn; default: 45 values, 1e-6 to 1e5"
     ] = None
-    standardize: Annotated[bool, "scale features by the training rows' mean and deviation"] = True
-    class_weight: Annotated[Literal["none", "balanced"], "weight of the classes in the loss"] = "none"
-    refit: Annotated[bool, "choose by group-wise 5-fold out-of-fold scores, then fit on train + val"] = False
+    standardize: Annotated[
+        bool | None, "scale features by the training rows' mean and deviation; default: yes, but not with --protocol"
+    ] = None
+    class_weight: Annotated[
+        Literal["none", "balanced", "positives"],
+        "weight of the classes in the loss; positives: a label's negatives / positives for its positives",
+    ] = "none"
+    refit: Annotated[
+        bool, "choose by group-wise 5-fold out-of-fold scores (with --protocol: by val), then fit on train + val"
+    ] = False
     alpha: Annotated[str | None, "strength(s) of the penalty of ridge regression; default: 41 values, 1e-2 to 1e8"] = (
         None
     )
+    protocol: Annotated[
+        Literal["dinov2", "dinov3", "radiology", "medical", "chest"] | None,
+        "train heads by SGD or AdamW as published; every deviation is listed",
+    ] = None
+    views: Annotated[
+        int | None, "with --protocol: train on this many stored augmented views (featstore extract --views)"
+    ] = None
+    iterations: Annotated[int | None, "with --protocol: training steps in place of the published number"] = None
+    lr: Annotated[str | None, "with --protocol: learning rate(s) in place of the published ones"] = None
+    batch: Annotated[int | None, "with --protocol: rows of a training step in place of the published number"] = None
+    optimizer: Annotated[
+        Literal["sgd", "adamw"] | None, "with --protocol: in place of the published one; no weight decay"
+    ] = None
+    head_seed: Annotated[int | None, "with --protocol: seed of first weights and batches; default: 0"] = None
 
     def __post_init__(self) -> None:
+        if self.standardize is None:
+            object.__setattr__(self, "standardize", self.protocol is None)
         if self.C is not None:
             parse_numbers(self.C, "--C")
         if self.alpha is not None:
             parse_numbers(self.alpha, "--alpha")
+        if self.lr is not None:
+            parse_numbers(self.lr, "--lr")
+        for name in ("views", "iterations", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {value}")
+        if self.head_seed is not None and self.head_seed < 0:
+            raise ConfigError(f"--head-seed must be 0 or more, got {self.head_seed}")
+        if self.protocol is None:
+            for name in ("views", "iterations", "lr", "batch", "optimizer", "head_seed"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"--{name.replace('_', '-')} belongs to --protocol, which trains step by step; without it the "
+                        "optimum is solved for: leave it out, or name a protocol"
+                    )
+            return
+        for flag, given, why in (
+            ("--C", self.C is not None, "its heads have no penalty"),
+            ("--alpha", self.alpha is not None, "its heads have no penalty"),
+            ("--class-weight", self.class_weight != "none", "its loss has the weights that were published"),
+            (
+                "--refit",
+                self.refit and self.protocol == "chest",
+                "it keeps the epoch with the lowest loss on val, which a refit would train on",
+            ),
+            (
+                "--views",
+                self.views is not None and self.protocol == "medical",
+                "the paper does not say that it augments",
+            ),
+        ):
+            if given:
+                raise ConfigError(f"{flag} has no place in --protocol {self.protocol}: {why}; leave it out")
 
     @property
     def grid(self) -> tuple[float, ...] | None:
@@ -192,3 +318,8 @@ class LinearConfig:
     def alphas(self) -> tuple[float, ...] | None:
         """The values asked for in ascending order, or None for the default."""
         return None if self.alpha is None else tuple(sorted(parse_numbers(self.alpha, "--alpha")))
+
+    @property
+    def rates(self) -> tuple[float, ...] | None:
+        """The learning rates asked for in ascending order, or None for the published ones."""
+        return None if self.lr is None else tuple(sorted(set(parse_numbers(self.lr, "--lr"))))

@@ -7,9 +7,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from probes.records import float_or_nan
-from probes.report import set_of, title_of
+from probes.report import DECIDES_NOTHING, baseline_key, rule_of, set_of, title_of, with_interval
 
 Values = dict[str, Float[np.ndarray, "..."]]
+Baselines = dict[tuple[Any, ...], list[dict[str, Any]]]
 LABEL_METRICS = ("auroc", "auprc", "balanced_accuracy")
 CLASS_METRICS = ("auroc", "auprc", "accuracy", "balanced_accuracy")
 HEADINGS = {"auroc": "AUROC", "auprc": "AUPRC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
@@ -140,8 +141,13 @@ def curve_key(record: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def curve_tables(records: list[dict[str, Any]]) -> list[tuple[list[tuple[str, list[str], list[list[str]]]], list[str]]]:
-    """(tables, notes) of comparable curves: macro, one row a set and budget, then the labels of each curve."""
+def curve_tables(
+    records: list[dict[str, Any]], baselines: Baselines | None = None
+) -> list[tuple[list[tuple[str, list[str], list[list[str]]]], list[str]]]:
+    """(tables, notes) of comparable curves: macro, one row a set and budget, then the labels of each curve.
+
+    Baselines of the same task stand below the macro; they have all training rows and intervals of resampled patients.
+    """
     groups: dict[tuple[Any, ...], dict[tuple[str, str], dict[str, Any]]] = {}
     for record in records:
         groups.setdefault(curve_key(record), {})[record["fingerprint"], record["features"]] = record
@@ -161,6 +167,15 @@ def curve_tables(records: list[dict[str, Any]]) -> list[tuple[list[tuple[str, li
             for record in members
             for number, point in enumerate(record["curve"])
         ]
+        for record in (baselines or {}).get(baseline_key(members[0]), []):
+            shown = names[:2] if record["probe"] == DECIDES_NOTHING else names
+            test = record["metrics"]["test"]
+            bounds = test.get("intervals", {}).get("macro", {})
+            values = [with_interval(test["macro"][name], bounds.get(name)) for name in shown]
+            count = str(record["task"]["splits"]["train"])
+            rows.append(
+                [set_of(record), record["features"], "all", count, *values, *["-"] * (len(names) - len(shown)), "-"]
+            )
         columns = ["set", "features", "budget", "rows", *(HEADINGS[name] for name in names), "skipped"]
         tables = [(f"{title_of(members[0])} · {describe(members[0])}", columns, rows)]
         for record in members:
@@ -196,10 +211,10 @@ def describe(record: dict[str, Any]) -> str:
     return f"{head['head']}, {record['choices']['scaling']}, {budget['selection']}"
 
 
-def print_curves(records: list[dict[str, Any]], show: Callable[..., None]) -> None:
-    """Print all curves through `show(title, columns, rows, right=...)`."""
-    for tables, notes in curve_tables(records):
+def print_curves(records: list[dict[str, Any]], show: Callable[..., None], baselines: Baselines | None = None) -> None:
+    """Print all curves through `show(title, columns, rows, right=..., rule=...)`."""
+    for tables, notes in curve_tables(records, baselines):
         for table in tables:
-            show(*table, right=("rows", "skipped"))
+            show(*table, right=("rows", "skipped"), rule=rule_of(table))
         for note in notes:
             print(f"  {note}")

@@ -3,46 +3,60 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pkgutil import resolve_name
 from typing import Any
 
-import numpy as np
-
 from featstore import files
-from featstore.errors import CorruptError, IncompleteError, UnknownNameError
+from featstore.errors import ConfigError, CorruptError
 from featstore.objects import Place
-from featstore.pretraining import overlap_of_set
 from featstore.records import peak_memory_bytes
-from featstore.request import command_of
-from featstore.store.catalog import Entry, Store
+from featstore.store.catalog import Store
 from featstore.store.features import FeatureSet
-from probes import PROBES
-from probes.configs import EvalConfig, TaskConfig
+from probes import BASELINES, PROBES
+from probes.configs import EvalConfig, SplitConfig, TaskConfig
 from probes.cross import CrossTask, best_task, cross_task, matching_set
-from probes.records import prediction_columns, save_record
-from probes.roles import SPLITS
-from probes.scoring import score
+from probes.crossval import with_summaries
+from probes.described import masked_rows, set_facts, task_facts
+from probes.folds import fold_specs
+from probes.nested import Nested, nested_intervals
+from probes.operating import operating
+from probes.records import load_records_at, prediction_columns, save_record
+from probes.scoring import HEADLINE, score
 from probes.selection import Fitted
 from probes.sensitivity import PolicyComparison, policy_specs
+from probes.sets import choose_features, complete_sets, feature_candidates, with_patches, with_token_mean
 from probes.tasks import Task, choose_task, make_task
+from probes.taskspec import TaskSpec
 
-DEFAULT_FEATURES = ("cls+mean_patch", "cls")
-TOKEN_MEAN = "mean_all"
-
+__all__ = [
+    "choose_features",
+    "complete_sets",
+    "evaluate_one",
+    "evaluate_sets",
+    "load_records_at",
+    "masked_rows",
+    "task_facts",
+    "with_token_mean",
+]
 
 Compare = Callable[[Task, Fitted, dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One record to make; `compare` adds what a sensitivity table needs."""
+    """One record to make; `compare` adds what a sensitivity table needs.
+
+    Of `candidates`, where there are any, the features that are best on validation take the place of `features`.
+    """
 
     task: Task
     features: str
     compare: Compare | None = None
+    candidates: tuple[str, ...] = ()
+    splits: SplitConfig = field(default_factory=SplitConfig)
 
 
 def evaluate_sets(
@@ -52,50 +66,101 @@ def evaluate_sets(
     head: Any,
     *,
     reading: TaskConfig | None = None,
+    splits: SplitConfig | None = None,
     progress: Callable[[int], AbstractContextManager[Callable[[int], None]]] | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate one probe on every chosen set and feature; returns the records, which are also on disk.
 
     `reading` changes how the task is read, asks for one record per training policy, or names other data sets to test
-    on. `progress(total)` opens a context whose value is told of every record made.
+    on. `splits` asks for folds: one record each, then one over all of them. `progress(total)` opens a context whose
+    value is told of every record made.
 
     Raises:
         UnknownNameError: no such data set, set, task, policy or label. IncompleteError: no chosen set is complete.
         TaskError: the task cannot be read, fitted or scored, or not tested on the other data set.
+        ConfigError: options that exclude each other.
     """
-    reading = reading or TaskConfig()
+    reading, splits = reading or TaskConfig(), splits or SplitConfig()
+    check_together(config, reading, splits)
     manifest = store.manifest(config.dataset, config.manifest)
     labels = tuple(name.strip() for name in config.labels.split(",") if name.strip())
     spec = choose_task(manifest, task=config.task, labels=labels, where=config.where, reading=reading)
     sets = with_token_mean(complete_sets(store, config), config.features)
+    sets = with_patches(sets, config.features, head)
     if reading.policies:
-        specs = policy_specs(spec, reading.policies)
-        by_set = [[make_task(found, item, allow_leak=config.allow_leak) for item in specs.values()] for found in sets]
-        jobs = []
-        for tasks in by_set:
-            for features in choose_features(tasks[0].features, config.features):
-                compare = PolicyComparison(list(specs), resamples=config.resamples, seed=config.seed)
-                jobs += [Job(task, features, compare) for task in tasks]
+        jobs = _policy_jobs(sets, spec, config, reading, splits, head)
     else:
-        made = [make_task(found, spec, allow_leak=config.allow_leak) for found in sets]
-        if reading.tests:
-            made = [
-                task
-                for name, other in reading.tests
-                for task in _tested_on(store, made, (name, other), config, reading)
-            ]
-        jobs = [Job(task, features) for task in made for features in choose_features(task.features, config.features)]
+        specs = fold_specs(manifest, spec, splits)
+        jobs = []
+        for found in sets:
+            made = [make_task(found, item, allow_leak=config.allow_leak) for item in specs]
+            for task in made[1:]:
+                task.share_loaded(made[0])
+            if reading.tests:
+                made = [
+                    task
+                    for name, other in reading.tests
+                    for task in _tested_on(store, made, (name, other), config, reading)
+                ]
+            jobs += _jobs(found, made, config, splits, head)
     records = []
     folder = config.results or store.path / "results"
     opened = times_opened(folder)
     with progress(len(jobs)) if progress else nullcontext(lambda _: None) as advance:
-        for job in jobs:
+        for number, job in enumerate(jobs):
             opened[job.task.test_key] += 1
             # Records from before test splits had a key are counted by their task.
             times = opened[job.task.test_key] + opened[job.task.digest]
             records.append(evaluate_one(probe, job, config, head, reading=reading, folder=folder, opened=times))
+            if number + 1 == len(jobs) or jobs[number + 1].task.features is not job.task.features:
+                job.task.forget_loaded()
             advance(1)
-    return records
+    return records if not splits.crossed else with_summaries(records, folder, opened)
+
+
+def check_together(config: EvalConfig, reading: TaskConfig, splits: SplitConfig) -> None:
+    """Options of different groups that cannot be meant together.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    folds = "--fold-column" if splits.fold_column else "--folds"
+    for flag, given, other, taken in (
+        (folds, splits.crossed, "--policies", bool(reading.policies)),
+        (folds, splits.crossed, "--test-dataset", bool(reading.test_dataset)),
+        ("--choose-features", config.choose_features, "--policies", bool(reading.policies)),
+    ):
+        if given and taken:
+            raise ConfigError(f"{flag} and {other} exclude each other; give one")
+    if splits.train_resamples is not None and splits.train_resamples > config.resamples:
+        raise ConfigError(
+            f"--train-resamples {splits.train_resamples} needs as many --resamples, got {config.resamples}: every head "
+            "is scored on resamples of its own"
+        )
+
+
+def _jobs(found: FeatureSet, tasks: Sequence[Task], config: EvalConfig, splits: SplitConfig, head: Any) -> list[Job]:
+    """A job per task and feature of a set, feature by feature; one per task where features are chosen."""
+    if config.choose_features:
+        names = feature_candidates(found, config.features)
+        return [Job(task, names[0], candidates=names, splits=splits) for task in tasks]
+    asked = choose_features(found, config.features, head)
+    if splits.crossed:  # all folds on one matrix
+        return [Job(task, name, splits=splits) for name in asked for task in tasks]
+    return [Job(task, name, splits=splits) for task in tasks for name in asked]
+
+
+def _policy_jobs(
+    sets: list[FeatureSet], spec: TaskSpec, config: EvalConfig, reading: TaskConfig, splits: SplitConfig, head: Any
+) -> list[Job]:
+    specs = policy_specs(spec, reading.policies)
+    by_set = [[make_task(found, item, allow_leak=config.allow_leak) for item in specs.values()] for found in sets]
+    jobs = []
+    for tasks in by_set:
+        for features in choose_features(tasks[0].features, config.features, head):
+            compare = PolicyComparison(list(specs), resamples=config.resamples, seed=config.seed)
+            jobs += [Job(task, features, compare, splits=splits) for task in tasks]
+    return jobs
 
 
 def _tested_on(
@@ -131,168 +196,92 @@ def times_opened(folder: Place) -> Counter[str]:
     return found
 
 
-def complete_sets(store: Store, config: EvalConfig) -> list[FeatureSet]:
-    """The chosen sets that have every row of the manifest; others are named with the command that completes them."""
-    entries = store.find(config.dataset, config.model)
-    if not entries:
-        model, _, resolution = (config.model or "dinov3-base@512").partition("@")
-        line = f"featstore extract --dataset {config.dataset} --model {model}" + (
-            f" --res {resolution}" if resolution else ""
-        )
-        have = ", ".join(entry.name for entry in store.find(config.dataset)) or "none"
-        raise UnknownNameError(
-            f"no set of {config.dataset!r} matches {config.model or 'any model'!r}; it has {have}; run\n  {line}"
-        )
-    complete, lines = [], []
-    for entry in entries:
-        features_set = _open_complete(store, entry, config.manifest)
-        if features_set is None:
-            lines.append(f"  {command_of(entry.spec, store.open(entry, manifest=config.manifest).arrays)}")
-        else:
-            complete.append(features_set)
-    if lines:
-        text = (
-            f"{len(lines)} of {len(entries)} sets of {config.dataset!r} lack rows of this manifest; run\n"
-            + "\n".join(lines)
-        )
-        if not complete or config.model:
-            raise IncompleteError(text)
-        logging.getLogger(__name__).warning(text)
-    return complete
-
-
-def with_token_mean(sets: list[FeatureSet], features: str | None) -> list[FeatureSet]:
-    """Of several sets those that have the features asked for: networks that pool have no mean over all tokens.
-
-    They are named and passed over, unless nothing else would be left: then the error says why.
-    """
-    pooled = [
-        item.name
-        for item in sets
-        if features == TOKEN_MEAN and item.spec["identity"].get("architecture", {}).get("summary") == "pool"
-    ]
-    if not pooled or len(pooled) == len(sets):
-        return sets
-    logging.getLogger(__name__).warning(
-        "skipped, no CLS token to take a mean_all with: %s; --features cls+mean_patch has them", ", ".join(pooled)
-    )
-    return [item for item in sets if item.name not in pooled]
-
-
-def _open_complete(store: Store, entry: Entry, manifest: str | None) -> FeatureSet | None:
-    features_set = store.open(entry, manifest=manifest)
-    try:
-        return None if features_set.pending().any() else features_set
-    except IncompleteError:
-        return None
-
-
-def choose_features(features_set: FeatureSet, asked: str | None) -> list[str]:
-    """The features asked for, or the defaults that the set has."""
-    if asked is not None:
-        return [asked]
-    return [name for name in DEFAULT_FEATURES if all(part in features_set.arrays for part in name.split("+"))] or [
-        "cls"
-    ]
-
-
 def evaluate_one(
     probe: str, job: Job, config: EvalConfig, head: Any, *, reading: TaskConfig, folder: Place, opened: int
 ) -> dict[str, Any]:
     """Fit one probe on one set and feature, and keep its record, the `opened`-th that sees this test split."""
     started = time.monotonic()
     task = job.task
-    fitted: Fitted = resolve_name(PROBES[probe])(task, job.features, head)
-    val = fitted.val_metrics or score(task, "val", fitted.val_scores, resamples=0, seed=config.seed)
-    test = score(task, "test", fitted.test_scores, resamples=config.resamples, seed=config.seed)
-    source = task.features
-    tested = task.target.features if isinstance(task, CrossTask) else source
-    known = source.manifest.meta["groups_known"] and tested.manifest.meta["groups_known"]
-    record = {
-        "probe": probe,
-        "dataset": config.dataset,
-        "set": source.name,
-        "fingerprint": source.fingerprint,
-        "weights": source.spec["weights"],
-        "random_weights": source.random,
-        "preprocess": source.spec["identity"].get("preprocess"),
-        "compute_dtype": source.spec["identity"].get("compute_dtype"),
-        "manifest": source.manifest.digest,
-        "groups": "known" if known else "unknown",
-        "task": task_facts(task, known),
-        **({"test": _test_facts(task.target)} if isinstance(task, CrossTask) else {}),
-        **({"sensitivity": job.compare(task, fitted, test)} if job.compare is not None else {}),
-        "features": job.features,
-        "config": {"evaluation": asdict(config), "task": asdict(reading), "head": asdict(head)},
-        "choices": fitted.choices,
-        "metrics": {"val": val, "test": test},
-        "num_failed": len(source.failures) + (len(tested.failures) if tested is not source else 0),
-        "num_masked": masked_rows(task),
-        "test_opened": opened,
-        "test_key": task.test_key,
-        "seed": config.seed,
-        "cost": {
+    features, fitted, val, compared = _fit(probe, job, config, head)
+    nested = {}
+    if job.splits.train_resamples is not None:
+        draws = Nested(job.splits.train_resamples, config.resamples, config.seed)
+        nested = {"intervals_nested": nested_intervals(probe, task, features, head, fitted, draws)}
+    return keep_record(
+        probe,
+        replace(job, features=features),
+        fitted,
+        {"evaluation": config, "task": reading, "splits": job.splits, "head": head},
+        metrics={"val": val, "test": nested},
+        choices=compared,
+        cost=lambda: {
             "seconds": round(time.monotonic() - started, 3),
             "peak_memory_bytes": peak_memory_bytes(),
             "trainable_parameters": fitted.num_parameters,
             "gpu_seconds": 0.0,
         },
+        folder=folder,
+        opened=opened,
+    )
+
+
+def keep_record(
+    probe: str,
+    job: Job,
+    fitted: Fitted,
+    config: dict[str, Any],
+    *,
+    metrics: dict[str, dict[str, Any]],
+    cost: Callable[[], dict[str, Any]],
+    folder: Place,
+    opened: int,
+    choices: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Score the test split, and keep the record of what was fitted, the `opened`-th that sees it.
+
+    `config` holds the options by group; `evaluation` has `dataset`, `resamples` and `seed`. `metrics` holds those of
+    validation and what is to stand beside the test's own; `cost` is asked when all is scored.
+    """
+    task, asked = job.task, config["evaluation"]
+    test = score(task, "test", fitted.test_scores, resamples=asked.resamples, seed=asked.seed)
+    decided, warnings = operating(
+        task, fitted, resamples=asked.resamples, seed=asked.seed, test_youden=job.splits.test_youden
+    )
+    test |= metrics["test"]
+    record = {
+        "probe": probe,
+        "dataset": asked.dataset,
+        **set_facts(task),
+        **({"sensitivity": job.compare(task, fitted, test)} if job.compare is not None else {}),
+        "features": job.features,
+        "config": {name: value if isinstance(value, dict) else asdict(value) for name, value in config.items()},
+        "choices": fitted.choices | (choices or {}),
+        "metrics": {"val": metrics["val"], "test": test | decided},
+        "test_opened": opened,
+        "test_key": task.test_key,
+        "seed": asked.seed,
+        "cost": cost(),
         "deviations": [*task.spec.deviations, *fitted.choices.get("protocol_deviations", [])],
-        "pretraining_overlap": overlap_of_set(
-            source.spec["weights"],
-            [item.manifest.meta["adapter"] for item in (source, tested)],
-            random=source.random,
-        ),
-        "notes": list(fitted.notes),
+        "notes": [*fitted.notes, *filter(None, task.repeats.values()), *warnings],
     }
     predictions = prediction_columns(task, {"val": fitted.val_scores, "test": fitted.test_scores})
     return load_records_at(save_record(folder, record, predictions))
 
 
-def task_facts(task: Task, groups_known: bool) -> dict[str, Any]:
-    """The task as a record states it; `splits` count units, `images` the images behind them."""
-    splits = {split: task.units(split) for split in SPLITS}
-    patients = {split: _groups(task, split) for split in SPLITS}
-    return {
-        "name": task.name,
-        "digest": task.digest,
-        "kind": task.kind,
-        "labels": list(task.labels),
-        "spec": task.spec.as_dict(),
-        "unit": task.spec.unit,
-        "pool": task.spec.pool if task.spec.unit != "image" else None,
-        "splits": {split: len(units.ids) for split, units in splits.items()},
-        "images": {split: len(units.number) for split, units in splits.items()},
-        "patients": {split: len(set(groups.tolist())) for split, groups in patients.items()},
-        "groups_known": groups_known,
-        "split_origin": task.features.manifest.meta["split_origin"],
-        "notes": list(task.notes),
-    }
+def _fit(probe: str, job: Job, config: EvalConfig, head: Any) -> tuple[str, Fitted, dict[str, Any], dict[str, Any]]:
+    """(features, what was fitted on them, its metrics on validation, what a choice of features adds to the choices).
 
-
-def _groups(task: Task, split: str) -> np.ndarray:
-    owner = task.target if isinstance(task, CrossTask) and split == "test" else task
-    return np.asarray(owner.groups[owner.index(split)])
-
-
-def _test_facts(target: Task) -> dict[str, Any]:
-    """Where the test rows of a cross-data-set test come from."""
-    return {
-        "dataset": target.features.manifest.name,
-        "set": target.features.name,
-        "fingerprint": target.features.fingerprint,
-        "manifest": target.features.manifest.digest,
-        "groups_known": target.features.manifest.meta["groups_known"],
-        "split_origin": target.features.manifest.meta["split_origin"],
-        "task": {"name": target.name, "digest": target.digest, "spec": target.spec.as_dict()},
-    }
-
-
-def load_records_at(path: Any) -> dict[str, Any]:
-    """One record by its file."""
-    return {**files.unseal(path.read_bytes(), path), "file": str(path)}
-
-
-def masked_rows(task: Task) -> dict[str, int]:
-    """Label entries that a split leaves out (blank or uncertain under its policy), of what a head sees."""
-    return {split: int((~task.samples(split, "train" if split == "train" else "eval").mask).sum()) for split in SPLITS}
+    Of several candidates the first with the best validation quality; no test label is looked at.
+    """
+    fit = resolve_name((PROBES | BASELINES)[probe])
+    name = HEADLINE[job.task.kind]
+    best: tuple[str, Fitted, dict[str, Any]] | None = None
+    qualities: dict[str, float] = {}
+    for features in job.candidates or (job.features,):
+        fitted: Fitted = fit(job.task, features, head)
+        val = fitted.val_metrics or score(job.task, "val", fitted.val_scores, resamples=0, seed=config.seed)
+        qualities[features] = float(val["macro"][name])
+        if best is None or qualities[features] > qualities[best[0]]:
+            best = features, fitted, val
+    assert best is not None
+    return *best, {"features": {"chosen": best[0], f"val_{name}": qualities}} if job.candidates else {}

@@ -366,11 +366,10 @@ def evaluate_fewshot(
     if reading.policies or reading.test_dataset:
         flag = "--policies" if reading.policies else "--test-dataset"
         raise ConfigError(f"{flag} belongs to `probes linear` and `probes knn`; few-shot curves are of one task")
-    evaluation = data.evaluation()
     manifest = store.manifest(data.dataset, data.manifest)
     labels = tuple(name.strip() for name in data.labels.split(",") if name.strip())
     spec = choose_task(manifest, task=data.task, labels=labels, where=data.where, reading=reading)
-    sets = with_token_mean(complete_sets(store, evaluation), data.features)
+    sets = with_token_mean(complete_sets(store, data), data.features)
     tasks = [make_task(found, spec, allow_leak=data.allow_leak) for found in sets]
     jobs = [(task, features) for task in tasks for features in choose_features(task.features, data.features)]
     folder = data.results or store.path / "results"
@@ -380,12 +379,12 @@ def evaluate_fewshot(
         for task, features in jobs:
             opened[task.test_key] += 1
             times = opened[task.test_key] + opened[task.digest]
-            records.append(_record(task, features, data, config, reading=reading, folder=folder, opened=times))
+            records.append(record_curve(task, features, data, config, reading=reading, folder=folder, opened=times))
             advance(1)
     return records
 
 
-def _record(
+def record_curve(
     task: Task,
     features: str,
     data: FewShotData,

@@ -1,11 +1,10 @@
 """Options of `probes fewshot`; a field is a flag."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 from featstore.errors import ConfigError
-from probes.configs import EvalConfig, parse_numbers
+from probes.configs import DataConfig, parse_numbers
 
 Head = Literal["logistic", "ncm", "ridge", "knn"]
 Scaling = Literal["standardize", "none", "unit", "centred"]
@@ -15,41 +14,11 @@ DEFAULT_SCALING: dict[str, Scaling] = {"logistic": "standardize", "ridge": "stan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FewShotData:
-    """What few-shot curves are drawn of: data, labels, features."""
+class FewShotData(DataConfig):
+    """What few-shot curves are drawn of."""
 
-    dataset: Annotated[str, "registered data set"]
-    model: Annotated[str | None, "set or sets to evaluate: MODEL, MODEL@RES; default: every set of the data set"] = None
-    task: Annotated[str | None, "named task, such as chexpert-5; default: the data set's own"] = None
-    labels: Annotated[str, "label columns: one categorical, or several of 0/1/-1/blank"] = ""
-    where: Annotated[str, "keep rows by column: source=nih,view=AP|PA"] = ""
-    features: Annotated[
-        str | None, "cls, mean_patch, cls+mean_patch, mean_all, ...; default: cls+mean_patch and cls"
-    ] = None
-    manifest: Annotated[str | None, "digest of an older manifest of the data set; default: the current one"] = None
     seed: Annotated[int, "seed of the table of shots"] = 0
     allow_leak: Annotated[bool, "go on although a patient or an image stands in two splits; the record says so"] = False
-    results: Annotated[Path | None, "folder of the records; default: STORE/results"] = None
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError(f"--seed must be 0 or more, got {self.seed}")
-        self.evaluation()  # its checks are ours
-
-    def evaluation(self) -> EvalConfig:
-        """The same in the form that the choice of sets takes."""
-        return EvalConfig(
-            dataset=self.dataset,
-            model=self.model,
-            task=self.task,
-            labels=self.labels,
-            where=self.where,
-            features=self.features,
-            manifest=self.manifest,
-            seed=self.seed,
-            allow_leak=self.allow_leak,
-            results=self.results,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-10  # gap to the optimum relative to the loss, by the predicted decrease of the next step
-SOFTMAX_TOLERANCE = 1e-8  # of L-BFGS, which comes near in small steps
+NEAR = 1e-6  # the same of a softmax, whose last step is found to a tenth of it
+FORCING = 0.01  # squared share of a gradient that a step may leave
 MAX_STEPS = 100
 MAX_CUTS = 30
-MEMORY = 10
-MAX_PASSES = 2000
+MAX_PRODUCTS = 400
 
 
 @dataclass(frozen=True)
@@ -125,25 +125,15 @@ def _direction(K: Tensor, sign: Tensor, weight: Tensor, state: _State) -> tuple[
 def multinomial_logistic(K: Tensor, y: Tensor, weight: Tensor, C: Tensor, *, num_classes: int) -> Solutions:
     """0.5 |W|^2 + C sum_i weight_i softmax loss_i at every C (P, C), ascending, intercepts not penalised.
 
-    `K` (P, n, n), `y` (P, n) class numbers, `weight` (P, n). The products of the rows, centred, give axes on which the
-    Hessian is nearly diagonal; batched L-BFGS with that diagonal finds the optimum there.
+    `K` (P, n, n), `y` (P, n) class numbers, `weight` (P, n). Newton's method on the products of the centred rows, each
+    strength starting at the solution of the last; its steps are found by conjugate gradients (`_softmax_step`).
     """
     num, n = y.shape
-    total = weight.sum(1)
-    mean = weight / total[:, None]
+    mean = weight / weight.sum(1, keepdim=True)
     of_mean = torch.bmm(K, mean[..., None])  # (P, n, 1)
     centred = K - of_mean - of_mean.transpose(1, 2) + (mean[:, None] @ of_mean)
-    live = (weight > 0).to(K.dtype)
-    squares, axes = torch.linalg.eigh(centred * live[:, :, None] * live[:, None])
-    root = squares.clamp_min(0).sqrt()
-    keep = root > 1e-7 * root[:, -1:].clamp_min(1e-300)
-    inverse = torch.where(keep, 1 / root.where(keep, root.new_ones(())), 0)
-    turn = axes * inverse[:, None]  # (P, n, m): a of the centred rows is turn @ W
-    coordinates = torch.bmm(centred, turn)  # all rows, held out ones too
-    one = torch.ones(num, n, 1, dtype=K.dtype)
-    design = torch.cat([coordinates, one], 2)
-    target = torch.nn.functional.one_hot(y, num_classes).to(K.dtype)
-    W = K.new_zeros(num, n + 1, num_classes)
+    target = torch.nn.functional.one_hot(y, num_classes).to(K.dtype).transpose(1, 2).contiguous()
+    state = _Classes(K.new_zeros(num, num_classes, n), K.new_zeros(num, num_classes), K.new_zeros(num, num_classes, n))
     shape = C.shape
     out = Solutions(
         K.new_zeros(*shape, n, num_classes),
@@ -153,86 +143,162 @@ def multinomial_logistic(K: Tensor, y: Tensor, weight: Tensor, C: Tensor, *, num
         torch.zeros(shape, dtype=torch.bool),
     )
     for number in range(C.shape[1]):
-        W, loss, done = _softmax_minimum(design, target, weight * C[:, number, None], W)
-        a = torch.bmm(turn, W[:, :-1])
-        W[:, -1] -= W[:, -1].mean(1, keepdim=True)  # no loss depends on what all classes share
-        logits = torch.bmm(design, W)
-        # Weights are sums of centred rows: put the mean's share into a and the intercept.
-        out.a[:, number] = a - mean[..., None] * a.sum(1, keepdim=True)
-        out.logits[:, number] = logits
-        out.b[:, number] = (mean[..., None] * (logits - torch.bmm(K, out.a[:, number]))).sum(1)
+        loss, done = _softmax_newton(centred, target, weight * C[:, number, None], state)
+        state.b -= state.b.mean(1, keepdim=True)  # no loss depends on what all classes share
+        a = (state.a - mean[:, None] * state.a.sum(2, keepdim=True)).transpose(1, 2)  # of the rows as they came
+        logits = (state.Ka + state.b[..., None]).transpose(1, 2)
+        out.a[:, number], out.logits[:, number] = a, logits
+        out.b[:, number] = (mean[..., None] * (logits - torch.bmm(K, a))).sum(1)
         out.objective[:, number], out.converged[:, number] = loss, done
     return out
 
 
-def _softmax_value(design: Tensor, target: Tensor, weight: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (P,), gradient (P, d, K), diagonal of the Hessian (P, d, K)); the last row of W is not penalised."""
-    logits = torch.bmm(design, W)
-    top = torch.logsumexp(logits, 2)
-    penalised = W.clone()
-    penalised[:, -1] = 0
-    loss = (weight * (top - (logits * target).sum(2))).sum(1) + 0.5 * penalised.square().sum((1, 2))
-    p = torch.exp(logits - top[..., None])
-    gradient = torch.bmm(design.transpose(1, 2), (p - target) * weight[..., None]) + penalised
-    curvature = torch.bmm(design.square().transpose(1, 2), p * (1 - p) * weight[..., None])
-    curvature[:, :-1] += 1
-    return loss, gradient, curvature.clamp_min(1e-30)
+@dataclass
+class _Classes:
+    """a (P, k, n), b (P, k) and the products Ka (P, k, n) of k classes."""
+
+    a: Tensor
+    b: Tensor
+    Ka: Tensor
+
+    def at(self, index: Tensor) -> "_Classes":
+        return _Classes(self.a[index], self.b[index], self.Ka[index])
 
 
-def _softmax_minimum(design: Tensor, target: Tensor, weight: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(W, loss, converged) of batched L-BFGS from W, each problem with its own steps."""
-    result, converged = W.clone(), torch.zeros(len(W), dtype=torch.bool)
-    running = torch.arange(len(W))
-    data = (design, target, weight)
-    loss, gradient, curvature = _softmax_value(*data, W)
-    losses = loss.clone()
-    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-    for _ in range(MAX_PASSES):
-        direction = -_two_loop(gradient, curvature, pairs)
-        slope = _dot(gradient, direction)
-        plain = _dot(gradient, gradient / curvature)
-        done = torch.maximum(-slope, plain) / 2 <= SOFTMAX_TOLERANCE * loss
-        length = torch.ones_like(slope)
+def _softmax_newton(K: Tensor, target: Tensor, weight: Tensor, state: _Classes) -> tuple[Tensor, Tensor]:
+    """Move `state` to the optimum; returns (loss, converged).
+
+    Where a problem stands is known in float64. Steps are found in float32, and where that is not enough in float64.
+    """
+    losses, converged = weight.new_zeros(len(weight)), torch.zeros(len(weight), dtype=torch.bool)
+    for dtype in (torch.float32, torch.float64):
+        running = (~converged).nonzero()[:, 0]
+        if not len(running):
+            break
+        now = _Run.of(K[running], target[running], weight[running], state.at(running), dtype)
+        for _ in range(MAX_STEPS):
+            done, rises = now.move()
+            state.a[running], state.b[running], state.Ka[running] = now.state.a, now.state.b, now.state.Ka
+            losses[running] = now.loss
+            converged[running[done]] = True
+            left = (~done & ~rises).nonzero()[:, 0]
+            if not len(left):
+                break
+            if len(left) < len(running):
+                running, now = running[left], now.at(left)
+    return losses, converged
+
+
+@dataclass
+class _Run:
+    """Softmax problems that still run: their data, `fast` the products in the precision of steps, and where they are.
+
+    `square` is a'Ka, `top` (P, n) the normaliser of the rows.
+    """
+
+    K: Tensor
+    fast: Tensor
+    weight: Tensor
+    weighted: Tensor  # target times weight
+    state: _Classes
+    square: Tensor
+    loss: Tensor
+    top: Tensor
+
+    @classmethod
+    def of(cls, K: Tensor, target: Tensor, weight: Tensor, state: _Classes, dtype: torch.dtype) -> "_Run":
+        square, weighted = _dot(state.a, state.Ka), target * weight[:, None]
+        loss, top = _softmax_loss(state.Ka + state.b[..., None], weight, weighted, square)
+        return cls(K, K.to(dtype), weight, weighted, state, square, loss, top)
+
+    def at(self, index: Tensor) -> "_Run":
+        return _Run(
+            self.K[index], self.fast[index], self.weight[index], self.weighted[index],
+            self.state.at(index), self.square[index], self.loss[index], self.top[index],
+        )  # fmt: skip
+
+    def move(self) -> tuple[Tensor, Tensor]:
+        """A step; the logits along it are linear and cost no product. Returns (at the optimum, no step is lower)."""
+        now = self.state
+        logits = now.Ka + now.b[..., None]
+        p = (logits - self.top[:, None]).exp_()
+        gradient = p * self.weight[:, None] - self.weighted
+        of_b = gradient.sum(2)
+        gradient += now.a
+        fast = [value.to(self.fast.dtype) for value in (p, self.weight, gradient, of_b, self.loss)]
+        da, db = (value.double() for value in _softmax_step(self.fast, *fast))
+        dK = torch.bmm(da, self.K)
+        slope = _dot(gradient, dK) + (of_b * db).sum(1)
+        across, ahead = _dot(now.a, dK), _dot(da, dK)
+        along, length = dK + db[..., None], torch.ones_like(slope)
         for _ in range(MAX_CUTS):
-            new_W = W + length[:, None, None] * direction
-            new_loss, new_gradient, new_curvature = _softmax_value(*data, new_W)
-            rises = ~(new_loss <= loss + 1e-4 * length * slope + 1e-14 * loss)
+            square = self.square + length * (2 * across + length * ahead)
+            after, top = _softmax_loss(logits + length[:, None, None] * along, self.weight, self.weighted, square)
+            rises = ~(after <= self.loss + 1e-4 * length * slope.clamp_max(0) + 1e-14 * self.loss)
             if not rises.any():
                 break
             length = torch.where(rises, length / 2, length)
-        result[running[~rises]], losses[running[~rises]] = new_W[~rises], new_loss[~rises]
-        converged[running[done]] = True
-        left = (~done & ~rises).nonzero()[:, 0]
-        if not len(left):
+        # The last step counts too: from there it squares what is left. One that rises is not taken.
+        done = (slope <= 0) & (-slope / 2 <= NEAR * self.loss)
+        length = torch.where(rises, 0.0, length)
+        wide = length[:, None, None]
+        self.state = _Classes(now.a + wide * da, now.b + length[:, None] * db, now.Ka + wide * dK)
+        self.loss, self.top = torch.where(rises, self.loss, after), top
+        self.square = torch.where(rises, self.square, square)
+        return done, rises
+
+
+def _softmax_loss(logits: Tensor, weight: Tensor, weighted: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss (P,), normaliser (P, n)) at logits (P, k, n)."""
+    top = torch.logsumexp(logits, 1)
+    return (weight * top).sum(1) - _dot(logits, weighted) + 0.5 * square, top
+
+
+def _softmax_step(
+    K: Tensor, p: Tensor, weight: Tensor, gradient: Tensor, of_b: Tensor, loss: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Newton's step (da (P, k, n), db (P, k)) by conjugate gradients in the metric of K, one product with K each.
+
+    They are those of the weights F'a with the identity as preconditioner, and of the intercepts with the diagonal.
+    """
+    spread = p * weight[:, None]
+    of_bb = (spread * (1 - p)).sum(2).clamp_min_(1e-30)
+    a, b, left, left_b = torch.zeros_like(gradient), torch.zeros_like(of_b), -gradient, -of_b
+    K_left = torch.bmm(left, K)
+    toward, toward_b, K_toward = left.clone(), left_b / of_bb, K_left.clone()
+    size = _dot(left, K_left) + (left_b * toward_b).sum(1)
+    # Eisenstat and Walker 1996: the step need not be more exact than Newton's model is.
+    enough = torch.maximum((size / loss).clamp_max(FORCING) * size, 0.1 * NEAR * loss)
+    live = size > enough
+    for _ in range(MAX_PRODUCTS):
+        logits = K_toward + toward_b[..., None]
+        pull = spread * logits
+        pull.addcmul_(p, pull.sum(1, keepdim=True), value=-1)
+        bend = _dot(toward, K_toward) + _dot(pull, logits)
+        length = torch.where(live, size / bend.clamp_min(1e-30), 0.0)
+        wide = length[:, None, None]
+        a.addcmul_(wide, toward)
+        b.addcmul_(length[:, None], toward_b)
+        left_b.addcmul_(length[:, None], pull.sum(2), value=-1)
+        left.addcmul_(wide, pull.add_(toward), value=-1)
+        torch.bmm(left, K, out=K_left)
+        ahead_b = left_b / of_bb
+        after = _dot(left, K_left) + (left_b * ahead_b).sum(1)
+        still = live & (after > enough)
+        if not still.any():
             break
-        s, change = new_W - W, new_gradient - gradient
-        product = _dot(s, change)
-        inverse = torch.where(product > 1e-12 * (_dot(s, s) * _dot(change, change)).sqrt(), 1 / product, 0.0)
-        pairs = [*pairs[-MEMORY + 1 :], (s, change, inverse)]
-        W, loss, gradient, curvature = new_W, new_loss, new_gradient, new_curvature
-        if len(left) < len(running):
-            running = running[left]
-            data = (data[0][left], data[1][left], data[2][left])
-            W, loss, gradient, curvature = W[left], loss[left], gradient[left], curvature[left]
-            pairs = [(a[left], b[left], c[left]) for a, b, c in pairs]
-    return result, losses, converged
-
-
-def _two_loop(gradient: Tensor, curvature: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    q = gradient.clone()
-    factors = []
-    for s, change, inverse in reversed(pairs):
-        factor = inverse * _dot(s, q)
-        q -= factor[:, None, None] * change
-        factors.append(factor)
-    q = q / curvature
-    for (s, change, inverse), factor in zip(pairs, reversed(factors)):
-        q += (factor - inverse * _dot(change, q))[:, None, None] * s
-    return q
+        factor = torch.where(still, after / size, 0.0)
+        wide = factor[:, None, None]
+        toward.mul_(wide).add_(left)
+        K_toward.mul_(wide).add_(K_left)
+        toward_b.mul_(factor[:, None]).add_(ahead_b)
+        size, live = after, still
+    return a, b
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum((1, 2))
+    product: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+    return product
 
 
 def ridge(K: Tensor, targets: Tensor, weight: Tensor, alpha: Tensor) -> Solutions:

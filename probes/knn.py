@@ -16,6 +16,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from featstore.errors import TaskError
 from probes.bank import NeighbourEstimator, Tile
 from probes.checks import Kind, check_labels
+from probes.estimator import features_of
 from probes.neighbours import Backend, Device
 from probes.votes import Vote, class_totals, label_totals
 
@@ -66,7 +67,7 @@ class KNNProbe(ClassifierMixin, NeighbourEstimator):  # type: ignore[misc]  # sc
             ConfigError: options that cannot be used, a k asked for by name above the bank's size, or a backend that is
                 not there.
         """
-        X = self._features(X, reset=True)
+        X = features_of(self, X, reset=True)
         if y is None:
             raise TaskError("requires y to be passed, but the target y is None; give a class or labels for every row")
         y = np.asarray(y)
@@ -137,7 +138,7 @@ class KNNProbe(ClassifierMixin, NeighbourEstimator):  # type: ignore[misc]  # sc
 
     def _scored(self, X: Any) -> tuple[Scores, Unlabelled]:
         self._check_fitted()
-        X = self._features(X, reset=False)
+        X = features_of(self, X, reset=False)
         return self._counted(self._tiles(X, *self._sizes()), len(X), self.ks_)
 
     def _counted(self, tiles: Iterable[Tile], num_queries: int, ks: Sequence[int]) -> tuple[Scores, Unlabelled]:
@@ -187,7 +188,7 @@ class KNNRegressor(RegressorMixin, NeighbourEstimator):  # type: ignore[misc]  #
             ConfigError: options that cannot be used, a k asked for by name above the bank's size, or a backend that is
                 not there.
         """
-        X = self._features(X, reset=True)
+        X = features_of(self, X, reset=True)
         if y is None:
             raise TaskError("requires y to be passed, but the target y is None; give numbers for every row")
         y = np.asarray(y, dtype=np.float64)
@@ -228,7 +229,7 @@ class KNNRegressor(RegressorMixin, NeighbourEstimator):  # type: ignore[misc]  #
 
     def _scored(self, X: Any) -> tuple[Scores, Unlabelled]:
         self._check_fitted()
-        X = self._features(X, reset=False)
+        X = features_of(self, X, reset=False)
         return self._averaged(self._tiles(X, *self._sizes()), len(X), self.ks_)
 
     def _averaged(self, tiles: Iterable[Tile], num_queries: int, ks: Sequence[int]) -> tuple[Scores, Unlabelled]:

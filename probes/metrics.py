@@ -1,7 +1,8 @@
 """Discrimination and decision metrics, per label and macro, with masks. Ties count exactly one half.
 
 Values equal scikit-learn's `roc_auc_score`, `average_precision_score`, `accuracy_score`, `balanced_accuracy_score`,
-`f1_score` and `recall_score`; labels with a single class have no AUROC and are counted rather than guessed.
+`f1_score`, `recall_score` and `precision_score` (0 where nothing is decided positive); labels with a single class have
+no AUROC and are counted rather than guessed.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,11 @@ from featstore.errors import TaskError
 from probes.checks import Kind, check_kind
 from probes.ranking import Binary, Ranking
 
-MetricName = Literal["auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity"]
+MetricName = Literal[
+    "auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity", "precision"
+]  # fmt: skip
 METRICS: tuple[MetricName, ...] = (
-    "auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity",
+    "auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "sensitivity", "specificity", "precision",
 )  # fmt: skip
 
 
@@ -31,6 +34,7 @@ class Scores(TypedDict):
     f1: float
     sensitivity: float
     specificity: float
+    precision: float
 
 
 class LabelScores(Scores):
@@ -178,7 +182,7 @@ def evaluate(
 
     Macro values are means over the labels with both classes; labels with fewer are NaN where a metric needs both, and
     counted in `skipped`. Of a categorical label the macro accuracy is the share of right rows, the balanced accuracy
-    the mean recall of the classes that occur; F1, sensitivity and specificity of two classes are those of class 1.
+    the mean recall of the classes that occur; the others of two classes are those of class 1.
 
     Raises:
         TaskError: shapes, labels or scores that do not fit together. ConfigError: an unknown kind.
@@ -211,6 +215,7 @@ def _label_scores(decisions: Decisions, column: int) -> LabelScores:
         f1=nan if one_class else 2 * int((y & decided).sum()) / (int(y.sum()) + int(decided.sum())),
         sensitivity=sensitivity,
         specificity=specificity,
+        precision=nan if one_class else int((y & decided).sum()) / max(1, int(decided.sum())),
     )
 
 

@@ -13,6 +13,7 @@ from sklearn.base import ClassifierMixin
 from featstore.errors import ConfigError, TaskError
 from probes.bank import NeighbourEstimator, Tile
 from probes.checks import check_labels
+from probes.estimator import features_of
 from probes.knn import Scores
 from probes.neighbours import Backend, Device
 from probes.votes import label_totals
@@ -55,7 +56,7 @@ class MLKNN(ClassifierMixin, NeighbourEstimator):  # type: ignore[misc]  # sciki
             ConfigError: options that cannot be used, a k asked for by name that rows cannot answer, or a backend that
                 is not there.
         """
-        X = self._features(X, reset=True)
+        X = features_of(self, X, reset=True)
         if y is None:
             raise TaskError("requires y to be passed, but the target y is None; give labels for every row")
         y = np.asarray(y)
@@ -88,7 +89,7 @@ class MLKNN(ClassifierMixin, NeighbourEstimator):  # type: ignore[misc]  # sciki
             TaskError: not fitted, another width than in `fit`, or features that are not finite or all zero.
         """
         self._check_fitted()
-        X = self._features(X, reset=False)
+        X = features_of(self, X, reset=False)
         result = {k: np.zeros((len(X), len(self.prior_))) for k in self.ks_}
         labels = np.arange(len(self.prior_))
         for place, k, found in self._positives(self._tiles(X, *self._sizes())):

@@ -8,6 +8,8 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isqrt
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -77,14 +79,37 @@ class TorchIndex:
 
         asked = torch.from_numpy(np.ascontiguousarray(queries)).to(self._bank.device)
         piece = max(k, SCORE_BYTES // (4 * max(1, len(queries))))
-        similarity, rows = torch.topk(asked @ self._bank[:piece].T, min(k, piece, len(self._bank)))
+        similarity, rows = largest(asked @ self._bank[:piece].T, min(k, piece, len(self._bank)))
         for start in range(piece, len(self._bank), piece):
             part = asked @ self._bank[start : start + piece].T
-            more, which = torch.topk(part, min(k, part.shape[1]))
+            more, which = largest(part, min(k, part.shape[1]))
             joined = torch.cat([similarity, more], 1)
             similarity, order = torch.topk(joined, k)
             rows = torch.gather(torch.cat([rows, which + start], 1), 1, order)
         return similarity.cpu().numpy(), rows.cpu().numpy()
+
+
+def largest(values: Any, k: int) -> tuple[Any, Any]:
+    """torch.topk(values, k) of a tensor (Q, n): a partial sort of a few numbers per row in place of all.
+
+    Column g + j * M belongs to group g < M. A value among the k largest lies in one of the k groups with the largest
+    maxima, or equals the k-th: else k other groups would each hold a larger one. Groups of sqrt(n / k) columns leave
+    as many maxima as values in the groups taken.
+    """
+    import torch
+
+    num_rows, count = values.shape
+    size = isqrt(count // k)
+    if size < 2:
+        best, columns = torch.topk(values, k)
+        return best, columns
+    num_groups = count // size  # at least k, since size <= sqrt(count / k)
+    split = values[:, : size * num_groups].view(num_rows, size, num_groups)
+    groups = torch.topk(split.amax(1), k, sorted=False).indices
+    taken = split.gather(2, groups[:, None].expand(-1, size, -1)).view(num_rows, -1)  # (Q, size * k)
+    best, place = torch.topk(torch.cat([taken, values[:, size * num_groups :]], 1), k)
+    within = place // k * num_groups + groups.gather(1, place % k)
+    return best, torch.where(place < size * k, within, place + size * (num_groups - k))
 
 
 def build_index(bank: Float[np.ndarray, "N D"], backend: Backend, device: Device = "auto") -> tuple[Index, str]:
@@ -245,6 +270,13 @@ def import_faiss() -> Any:
     return faiss
 
 
+def _has_avx512() -> bool:
+    """Whether Linux lists what SkylakeX kernels need; of newer processors OpenBLAS may know no more than Haswell."""
+    listed = Path("/proc/cpuinfo")
+    flags = listed.read_text(errors="replace") if listed.exists() else ""
+    return all(f" {name} " in flags for name in ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"))
+
+
 @contextmanager
 def _openblas_kernels() -> Iterator[None]:
     name = "OPENBLAS_CORETYPE"
@@ -255,7 +287,7 @@ def _openblas_kernels() -> Iterator[None]:
     ]
     kernels = numpy_blas[0].get("architecture") if numpy_blas else None
     # The newer names are refinements of SkylakeX (AVX-512) that an old library does not know.
-    kernels = "SkylakeX" if kernels in ("Cooperlake", "SapphireRapids") else kernels
+    kernels = "SkylakeX" if kernels in ("Cooperlake", "SapphireRapids") or _has_avx512() else kernels
     if name in os.environ or kernels not in ("Haswell", "SkylakeX", "Zen"):
         yield
         return

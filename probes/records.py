@@ -84,6 +84,11 @@ def load_records(folder: Place, **equal: Any) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: (record["time"], record.get("test_opened", 0), record["id"]))
 
 
+def load_records_at(path: Any) -> dict[str, Any]:
+    """One record by its file."""
+    return {**files.unseal(path.read_bytes(), path), "file": str(path)}
+
+
 def load_predictions(record: dict[str, Any]) -> Any:
     """The predictions table (pyarrow) of a loaded record.
 

@@ -97,15 +97,7 @@ def bootstrap_numbers(
     number = np.zeros(len(y), np.int64)
     number[used] = index
     names = NUMBER_METRICS[kind]
-    found = []
-    for column in range(y.shape[1]):
-        rows = np.flatnonzero(mask[:, column])
-        found.append(_column(y[rows, column], scores[rows, column], number[rows], counts, kind, num_classes))
-    defined = [len(np.unique(y[mask[:, column], column])) > 1 for column in range(y.shape[1])]
-    everywhere = [values for values, keep in zip(found, defined) if keep]
-    none = np.full(num_resamples, np.nan)
-    # The mean is NaN in a resample that lacks one of the targets, so that no resample has another set of them.
-    macro = {name: np.mean([values[name] for values in everywhere], axis=0) if everywhere else none for name in names}
+    per_label, macro = resample_numbers(y, scores, mask, number, counts, kind=kind, num_classes=num_classes)
     return {
         "level": level,
         "num_resamples": num_resamples,
@@ -113,10 +105,37 @@ def bootstrap_numbers(
         "seed": seed,
         "macro": {name: interval(macro[name], level) for name in names},
         "per_label": [
-            {"label": label, **{name: interval(values[name], level) for name in names}}
-            for label, values in zip(labels, found)
+            {"label": label, **{name: interval(per_label[name][:, column], level) for name in names}}
+            for column, label in enumerate(labels)
         ],
     }
+
+
+def resample_numbers(
+    y: Real[np.ndarray, "N T"],
+    scores: Float[np.ndarray, "N T"],
+    mask: Bool[np.ndarray, "N T"],
+    rows: Integer[np.ndarray, " N"],
+    counts: Integer[np.ndarray, "B G"],
+    *,
+    kind: NumberKind,
+    num_classes: int = 0,
+) -> tuple[dict[str, Float[np.ndarray, "B T"]], dict[str, Float[np.ndarray, " B"]]]:
+    """(per target, macro) of every metric on resamples, where row i is repeated `counts[:, rows[i]]` times.
+
+    The macro is over the targets with two different values in the data; it is NaN in a resample that lacks one of them,
+    so that no resample has another set of them.
+    """
+    found, defined = [], []
+    for column in range(y.shape[1]):
+        valid = np.flatnonzero(mask[:, column])
+        found.append(_column(y[valid, column], scores[valid, column], rows[valid], counts, kind, num_classes))
+        defined.append(len(np.unique(y[valid, column])) > 1)
+    names = NUMBER_METRICS[kind]
+    per_label = {name: np.stack([values[name] for values in found], axis=1) for name in names}
+    if not any(defined):
+        return per_label, {name: np.full(len(counts), np.nan) for name in names}
+    return per_label, {name: values[:, np.array(defined)].mean(1) for name, values in per_label.items()}
 
 
 def _column(

@@ -1,7 +1,8 @@
 """Tables from records alone. Records whose task, split, manifest, probe, geometry or protocol differ are never ranked
-together; within a table validation ranks and test is shown."""
+together; within a table validation ranks and test is shown. Baselines of the same task and split stand below the others
+and are never ranked with them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from probes.policies import POLICIES
@@ -9,6 +10,8 @@ from probes.records import float_or_nan
 from probes.units import PLURALS
 
 Table = tuple[str, list[str], list[list[str]]]
+BASELINE = "baseline:"  # with which the probe of a baseline begins
+DECIDES_NOTHING = f"{BASELINE}chance"  # one score for all: whatever it seems to decide is an accident of the threshold
 # Metrics of a table by kind of task: (name in the record, heading); the first one ranks, by validation.
 CLASSES = (
     ("auroc", "AUROC"), ("auprc", "AUPRC"), ("accuracy", "accuracy"), ("balanced_accuracy", "balanced accuracy"),
@@ -49,6 +52,18 @@ def protocol_key(record: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def is_baseline(record: dict[str, Any]) -> bool:
+    """Whether a record is of a constant or of metadata, and not of embeddings."""
+    return str(record["probe"]).startswith(BASELINE)
+
+
+def baseline_key(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What a baseline must have in common with the records that it is shown with: what is counted, and where."""
+    task = record["task"]
+    tested = record["test"]["dataset"] if "test" in record else ""
+    return record["dataset"], tested, task["digest"], task["kind"], task["unit"], task.get("pool")
+
+
 def _counts(option: str, value: Any) -> bool:
     """Whether an option of a head can change its numbers, and was given."""
     return value is not None and option not in ("backend", "device")
@@ -65,11 +80,15 @@ def with_interval(value: Any, interval: dict[str, Any] | None) -> str:
 
 
 def describe_choice(record: dict[str, Any]) -> str:
-    """The chosen k, C or alpha, with a mark where it stands at the edge of its grid."""
+    """The chosen k, C or alpha, with a mark where it stands at the edge of its grid; else what the probe says."""
     choices = record["choices"]
+    if "said" in choices:
+        return str(choices["said"])
     if record["probe"] == "knn":
         return f"k={choices['k']}" + ("*" if choices["at_edge"] else "")
-    name = "alpha" if "alpha" in choices else "C"
+    name = next((known for known in ("alpha", "C") if isinstance(choices.get(known), dict)), None)
+    if name is None:
+        return "-"
     values = sorted(set(choices[name].values()))
     text = f"{name}={values[0]:.2g}" if len(values) == 1 else f"{name}={values[0]:.2g}..{values[-1]:.2g}"
     return text + ("*" if any(choices["at_edge"].values()) else "")
@@ -102,7 +121,9 @@ def title_of(record: dict[str, Any]) -> str:
         for split in ("train", "val", "test")
     )
     what = PLURALS[unit] + ("" if unit == "patient" else " (patients)" if known else ", patients unknown")
-    if unit != "image":
+    if record["probe"] == "mil":
+        what += f", bags ({record['choices']['pooling']})"
+    elif unit != "image":
         what += f", {'features averaged' if task['pool'] == 'features' else task['pool'] + ' of scores'}"
     dataset = record["dataset"] + (f" -> {record['test']['dataset']}" if "test" in record else "")
     vote = f" ({record['choices']['vote']})" if "vote" in record["choices"] else ""
@@ -111,30 +132,35 @@ def title_of(record: dict[str, Any]) -> str:
 
 
 def set_of(record: dict[str, Any]) -> str:
-    """The set without its data set; random weights are said."""
+    """The set without its data set; random weights and baselines are said."""
+    if is_baseline(record):
+        return f"{BASELINE} {record['probe'].removeprefix(BASELINE)}"
     return str(record["set"].split("/", 1)[1]) + (" RANDOM WEIGHTS" if record["random_weights"] else "")
 
 
-def macro_table(records: list[dict[str, Any]]) -> Table:
-    """One row a record."""
-    metrics = metrics_of(records[0])
+def macro_table(records: list[dict[str, Any]], baselines: Sequence[dict[str, Any]] = ()) -> Table:
+    """One row a record, best on validation first, then one a baseline."""
+    anyone = [*records, *baselines][0]
+    metrics = metrics_of(anyone)
     first = metrics[0][1]
     columns = ["set", "features", f"val {first}", f"test {first} [95%]", *(heading for _, heading in metrics[1:])]
     rows = []
-    for record in ranked(records):
+    for record in [*ranked(records), *baselines]:
         test = record["metrics"]["test"]
         intervals = test.get("intervals", {}).get("macro", {})
+        shown = metrics[:2] if record["probe"] == DECIDES_NOTHING and metrics is CLASSES else metrics
         rows.append(
             [
                 set_of(record),
                 record["features"],
                 with_interval(record["metrics"]["val"]["macro"][metrics[0][0]], None),
-                *(with_interval(test["macro"][name], intervals.get(name)) for name, _ in metrics),
+                *(with_interval(test["macro"][name], intervals.get(name)) for name, _ in shown),
+                *("-" for _ in metrics[len(shown) :]),
                 describe_choice(record),
                 str(record["num_failed"]),
             ]
         )
-    return title_of(records[0]), [*columns, "chosen", "failed"], rows
+    return title_of(anyone), [*columns, "chosen", "failed"], rows
 
 
 def label_table(record: dict[str, Any]) -> Table:
@@ -219,21 +245,54 @@ def notes_of(records: list[dict[str, Any]]) -> list[str]:
 def tables(records: list[dict[str, Any]]) -> list[tuple[Table, Table, list[str]]]:
     """(macro table, labels of its best record, notes) for every group of comparable records.
 
-    Records of a comparison of training policies, and curves over shots, have tables of their own.
+    Records of a comparison of training policies, and curves over shots, have tables of their own; folds are shown by
+    the record over all of them.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    baselines = baselines_of(records)
     for record in records:
-        if "sensitivity" not in record and "curve" not in record:
+        if not {"sensitivity", "curve", "fold"} & record.keys() and not is_baseline(record):
             groups.setdefault(protocol_key(record), []).append(record)
     for key, group in groups.items():  # the same set and features evaluated again: the latest stands for all
         groups[key] = list({(record["fingerprint"], record["features"]): record for record in group}.values())
-    return [(macro_table(group), label_table(ranked(group)[0]), notes_of(group)) for group in groups.values()]
+    made = []
+    for group in groups.values():
+        below = baselines.get(baseline_key(group[0]), [])
+        made.append((macro_table(group, below), label_table(ranked(group)[0]), notes_of([*group, *below])))
+    return made
+
+
+def baselines_of(records: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Baselines by what they may be shown with: the latest of each, from the weakest."""
+    found: dict[tuple[Any, ...], dict[tuple[str, str], dict[str, Any]]] = {}
+    for record in records:
+        if is_baseline(record):
+            found.setdefault(baseline_key(record), {})[record["fingerprint"], record["features"]] = record
+    return {key: sorted(group.values(), key=lambda record: record["probe"]) for key, group in found.items()}
+
+
+def with_baselines(records: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records and those baselines among the kept ones that belong in their tables (`probes all` makes them)."""
+    keys = {baseline_key(record) for record in records}
+    return [*records, *(record for record in kept if is_baseline(record) and baseline_key(record) in keys)]
+
+
+def lone_baselines(records: list[dict[str, Any]]) -> list[Table]:
+    """Tables of baselines whose task no other record has."""
+    others = {baseline_key(record) for record in records if not is_baseline(record)}
+    groups = [group for key, group in baselines_of(records).items() if key not in others]
+    return [macro_table([], group) for group in groups]
+
+
+def rule_of(table: Table) -> int | None:
+    """Row that a line stands above: the first baseline."""
+    return next((number for number, row in enumerate(table[2]) if row[0].startswith(BASELINE)), None)
 
 
 def print_tables(records: list[dict[str, Any]], show: Callable[..., None]) -> None:
     """Print all tables through `show(title, columns, rows, right=...)`."""
     for macro, labels, notes in tables(records):
-        show(*macro, right=("failed",))
+        show(*macro, right=("failed",), rule=rule_of(macro))
         show(*labels, right=("positives", "n"))
         for note in notes:
             print(f"  {note}")
@@ -241,8 +300,10 @@ def print_tables(records: list[dict[str, Any]], show: Callable[..., None]) -> No
         show(*table, right=("train",))
         for note in notes:
             print(f"  {note}")
+    for table in lone_baselines(records):
+        show(*table, right=("failed",))
     curves = [record for record in records if "curve" in record]
     if curves:
         from probes.curves import print_curves  # which takes titles from here
 
-        print_curves(curves, show)
+        print_curves(curves, show, baselines_of(records))

@@ -13,6 +13,7 @@ from featstore import files
 from featstore.errors import TaskError, UnknownNameError
 from featstore.objects import Place, parse_place
 from probes.records import load_predictions
+from probes.regression import NumberKind
 
 FORMATS = (".csv", ".tsv", ".parquet")
 # Prefixes of score columns in files of other tools; a bare label is a score too.
@@ -25,7 +26,8 @@ MISSING = ("", "nan", "NaN", "null", "None", "NA")
 class ScoreTable:
     """Scores of the samples of one split: (N, L), NaN where there is none.
 
-    `y` and `mask` are (N, L), None in a file that has no truth. `classes` says that exactly one label holds a row.
+    `y` and `mask` are (N, L), None in a file that has no truth. `classes` says that exactly one label holds a row,
+    `numbers` that labels are targets: numbers, or ranks below `num_classes`; a file cannot say it.
     `columns` are further columns of the file. `record` is where they come from, None for a file.
     """
 
@@ -39,6 +41,23 @@ class ScoreTable:
     classes: bool
     columns: dict[str, list[Any]]
     record: dict[str, Any] | None = None
+    numbers: NumberKind | None = None
+    num_classes: int = 0
+
+    def of_labels(self) -> "ScoreTable":
+        """The same with a truth of 0 and 1.
+
+        Raises:
+            TaskError: another value.
+        """
+        if self.y is None or self.mask is None:
+            return self
+        if not np.isin(self.y[self.mask], (0, 1)).all():
+            found = np.unique(self.y[self.mask])[:5].tolist()
+            raise TaskError(
+                f"{self.name}: labels are 0, 1 or empty; found {found}; numbers are compared by --metric mae"
+            )
+        return replace(self, y=np.where(self.mask, self.y, 0).astype(np.int64))
 
     def rows(self, ids: tuple[str, ...], labels: tuple[str, ...]) -> "ScoreTable":
         """The same for some of the samples and labels, in the order given."""
@@ -62,22 +81,29 @@ def open_scores(name: str, folder: Place, *, split: str = "test") -> ScoreTable:
     """The scores of a record, by its id, the start of its id or its path, or of a CSV, TSV or Parquet file.
 
     A file has the columns `id`, a score for every label (`score:NAME`, `prob_NAME`, `pred_NAME` or `NAME`) and as far
-    as it knows them `label:NAME` (0 or 1), `mask:NAME`, `group` (patient) and `split`; others are kept as columns.
+    as it knows them `label:NAME` (0 or 1, or a number), `mask:NAME`, `group` (patient) and `split`; others are kept as
+    columns.
 
     Raises:
         UnknownNameError: no such record or file. TaskError: the file cannot be read as scores.
     """
+    record = record_of(name, folder)
+    return read_file(parse_place(name), split=split) if record is None else of_record(record, split=split)
+
+
+def record_of(name: str, folder: Place) -> dict[str, Any] | None:
+    """The record of a name, None where it is a file of scores without one.
+
+    Raises:
+        UnknownNameError: no such record or file.
+    """
     path = parse_place(name)
-    if path.suffix in FORMATS:
-        if not path.is_file():
-            raise UnknownNameError(
-                f"no score file {name}; give a record of `probes results --json`, or an existing file"
-            )
-        record_file = path.with_suffix(".json")
-        if not (path.suffix == ".parquet" and record_file.is_file()):
-            return read_file(path, split=split)
-        path = record_file
-    return of_record(find_record(str(path) if path.suffix == ".json" else name, folder), split=split)
+    if path.suffix not in FORMATS:
+        return find_record(name, folder)
+    if not path.is_file():
+        raise UnknownNameError(f"no score file {name}; give a record of `probes results --json`, or an existing file")
+    beside = path.with_suffix(".json")
+    return find_record(str(beside), folder) if path.suffix == ".parquet" and beside.is_file() else None
 
 
 def find_record(name: str, folder: Place) -> dict[str, Any]:
@@ -104,27 +130,30 @@ def find_record(name: str, folder: Place) -> dict[str, Any]:
 
 
 def of_record(record: dict[str, Any], *, split: str = "test") -> ScoreTable:
-    """The predictions of a record; numbers and ranks are no scores of labels.
+    """The predictions of a record.
 
     Raises:
-        TaskError: a task of numbers or ranks, or no row of the split.
+        TaskError: a few-shot curve, which keeps none, or no row of the split.
     """
     task = record["task"]
-    if task["kind"] not in ("multilabel", "multiclass"):
+    if "curve" in record:
         raise TaskError(
-            f"record {record['id']} is of a {task['kind']} task; comparisons take records of labels or classes"
+            f"record {record['id']} is a few-shot curve, which keeps metrics of its heads instead of predictions; "
+            "`probes compare` takes it beside another curve"
         )
     table = load_predictions(record).to_pydict()
     rows = _rows_of_split(table["split"], split, str(record["file"]))
     labels = tuple(task["labels"])
+    numbers: NumberKind | None = task["kind"] if task["kind"] in ("regression", "ordinal") else None
     scores = np.array([table[f"score:{label}"] for label in labels], np.float64).T[rows]
     if task["kind"] == "multiclass":
         truth = [table["label"][row] for row in rows]
         y = np.array([[value == label for label in labels] for value in truth], np.int64)
         mask = np.ones(y.shape, dtype=bool)
     else:
-        y = np.array([table[f"label:{label}"] for label in labels], np.int64).T[rows]
+        y = np.array([table[f"label:{label}"] for label in labels], np.float64).T[rows]
         mask = np.array([table[f"mask:{label}"] for label in labels], dtype=bool).T[rows]
+        y = y if numbers else y.astype(np.int64)
     return ScoreTable(
         name=f"{record['probe']} on {record['set']} ({record['features']})",
         ids=tuple(str(table["id"][row]) for row in rows),
@@ -136,6 +165,8 @@ def of_record(record: dict[str, Any], *, split: str = "test") -> ScoreTable:
         classes=task["kind"] == "multiclass",
         columns={},
         record=record,
+        numbers=numbers,
+        num_classes=len(task["spec"]["classes"]) if numbers == "ordinal" else 0,
     )
 
 
@@ -148,6 +179,8 @@ def read_file(path: Place, *, split: str = "test") -> ScoreTable:
     table = _read_columns(path)
     if "id" not in table:
         raise TaskError(f"{path}: a score file names its samples in a column `id`; it has {', '.join(table)}")
+    if split != "test" and "split" not in table:
+        raise TaskError(f"{path} has no column `split`, so all its rows are test rows; add one that names {split} rows")
     rows = _rows_of_split(table["split"], split, str(path)) if "split" in table else np.arange(len(table["id"]))
     table = {name: [values[row] for row in rows] for name, values in table.items()}
     ids = tuple(str(value) for value in table["id"])
@@ -202,9 +235,7 @@ def _truth(
                 [str(value) in ("1", "1.0", "True", "true") for value in table[f"mask:{label}"]], dtype=bool
             )
             mask[:, column] &= said
-    if not np.isin(cells[mask], (0, 1)).all():
-        raise TaskError(f"{path}: labels are 0, 1 or empty; found {np.unique(cells[mask])[:5].tolist()}")
-    return np.where(mask, cells, 0).astype(np.int64), mask, False
+    return np.where(mask, cells, 0), mask, False
 
 
 def _score_columns(table: dict[str, list[Any]]) -> Iterator[tuple[str, str]]:

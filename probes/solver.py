@@ -12,6 +12,7 @@ from probes.lbfgs import Diagonal, solve
 from probes.newton import STRIDE, Columns, Kernel, System, products, solve_path
 from probes.objectives import BinaryProblems, Objective, Rows, SoftmaxProblems
 from probes.polish import certify, polish
+from probes.single import is_cheaper, solve_singles
 from probes.workers import Workers
 
 # Gap to the optimum that a solved problem may have by its own estimate, relative to its loss.
@@ -44,8 +45,8 @@ class Fitted:
     converged: Bool[np.ndarray, "C F"]
 
 
-def newton_is_cheaper(num_rows: int, width: int, num_labels: int, num_C: int) -> bool:
-    """Whether every problem is solved by its own Newton steps, by a rough count of multiplications.
+def _costs(num_rows: int, width: int, num_labels: int, num_C: int) -> tuple[float, float]:
+    """Rough count of multiplications: every problem by its own Newton steps, and all of them together.
 
     A factor per problem and step against one eigenbasis and some passes. The figures are measured: a problem takes
     two to three factors beside solved neighbours and six without; passes and Hessians of hard problems make 120.
@@ -55,7 +56,13 @@ def newton_is_cheaper(num_rows: int, width: int, num_labels: int, num_C: int) ->
     problems = num_labels * num_C
     newton = problems * (2.5 if num_C > STRIDE else 6) * factor
     together = num_rows * width * side + 20 * side**3 + 120 * problems * num_rows * side
-    return newton <= together + SLACK
+    return float(newton), float(together + SLACK)
+
+
+def newton_is_cheaper(num_rows: int, width: int, num_labels: int, num_C: int) -> bool:
+    """Whether every problem is solved by its own Newton steps with a factored Hessian."""
+    newton, together = _costs(num_rows, width, num_labels, num_C)
+    return newton <= together
 
 
 def solve_binary(
@@ -63,6 +70,18 @@ def solve_binary(
 ) -> Fitted:
     """Every label at every strength; y and weights (L, N) float64, y 0/1 with both classes; C ascending."""
     num_labels, num_C = len(y), len(C)
+    rows, width = X.shape
+    if num_C == 1 and num_labels and is_cheaper(rows, width, num_labels, min(_costs(rows, width, num_labels, 1))):
+        found = solve_singles(X, y, weights, float(C[0]), workers, standardize=standardize)
+        if found is not None:
+            return Fitted(
+                found.mean,
+                found.scale,
+                found.coef[None],
+                found.intercept[None],
+                found.objective[None],
+                np.ones((1, num_labels), dtype=bool),
+            )
     if not num_labels or newton_is_cheaper(len(X), X.shape[1], num_labels, num_C):
         return _solve_newton(X, y, weights, C, workers, standardize=standardize)
     basis = eigenbasis(X, workers, standardize=standardize)

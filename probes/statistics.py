@@ -144,6 +144,7 @@ def _decision_metrics(
             "f1": np.where(defined, 2 * hits / (hits + positives + negatives - rejected), np.nan),
             "sensitivity": np.where(defined, sensitivity, np.nan),
             "specificity": np.where(defined, specificity, np.nan),
+            "precision": np.where(defined, hits / np.maximum(hits + negatives - rejected, 1), np.nan),
         }
         if not decisions.argmax:
             return per_label, {}, defined

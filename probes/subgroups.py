@@ -1,12 +1,13 @@
 """Parts of the samples by sex, age band, view or any other column of the manifest."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 
-from featstore.errors import TaskError, UnknownNameError
+from featstore.errors import ConfigError, TaskError, UnknownNameError
 
 # First ages of the bands: children, young, middle-aged and older adults, the oldest.
 AGE_BANDS = (0, 18, 40, 60, 80)
@@ -45,16 +46,41 @@ def age_of(value: Any) -> float:
     return age if 0 <= age < 130 else float("nan")
 
 
-def age_band(value: Any) -> str:
-    """`0-17`, `18-39`, `40-59`, `60-79`, `80+` or `unknown`."""
+def parse_bands(text: str) -> tuple[int, ...]:
+    """First ages of bands from `0,18,40,60,80` or `0-18,18-40,40-60,60-80,80+`: a band ends where the next starts.
+
+    Raises:
+        ConfigError: no ascending whole ages, or bands that leave a gap or overlap.
+    """
+    starts, ends = [], []
+    for part in (part.strip() for part in text.split(",") if part.strip()):
+        start, _, end = part.rstrip("+").partition("-")
+        try:
+            starts.append(int(start))
+            ends.append(int(end) if end else None)
+        except ValueError:
+            raise ConfigError(f"bands of age are whole years such as 0,18,40 or 0-18,18-40,40+; got {part!r}") from None
+    if not starts or starts[0] < 0 or any(low >= high for low, high in itertools.pairwise(starts)):
+        raise ConfigError(f"bands of age ascend from 0 or more; got {text!r}")
+    if any(end not in (None, following) for end, following in zip(ends, starts[1:])) or ends[-1] is not None:
+        raise ConfigError(
+            f"a band of age ends where the next starts and the last is open, as in 0-18,18+; got {text!r}"
+        )
+    return tuple(starts)
+
+
+def age_band(value: Any, bands: Sequence[int] = AGE_BANDS) -> str:
+    """`0-17`, `18-39`, `40-59`, `60-79`, `80+`, or by other first ages; `unknown` where there is none or below all."""
     age = age_of(value)
-    if age != age:
+    number = int(np.searchsorted(bands, age, "right")) - 1
+    if age != age or number < 0:
         return UNKNOWN
-    number = int(np.searchsorted(AGE_BANDS, age, "right")) - 1
-    return f"{AGE_BANDS[number]}-{AGE_BANDS[number + 1] - 1}" if number + 1 < len(AGE_BANDS) else f"{AGE_BANDS[-1]}+"
+    return f"{bands[number]}-{bands[number + 1] - 1}" if number + 1 < len(bands) else f"{bands[-1]}+"
 
 
-def subgroup_rows(name: str, values: Sequence[Any], *, most: int = 12) -> dict[str, Bool[np.ndarray, " N"]]:
+def subgroup_rows(
+    name: str, values: Sequence[Any], *, most: int = 12, bands: Sequence[int] = AGE_BANDS
+) -> dict[str, Bool[np.ndarray, " N"]]:
     """Value -> rows that have it, in order of value; ages (`name` is one of a data set's words for age) by band.
 
     Raises:
@@ -62,7 +88,11 @@ def subgroup_rows(name: str, values: Sequence[Any], *, most: int = 12) -> dict[s
     """
     is_age = name.lower() in SPELLINGS["age"]
     cells = [
-        age_band(value) if is_age else UNKNOWN if value is None or str(value).strip() == "" else str(value).strip()
+        age_band(value, bands)
+        if is_age
+        else UNKNOWN
+        if value is None or str(value).strip() == ""
+        else str(value).strip()
         for value in values
     ]
     found = sorted(set(cells), key=lambda cell: (cell == UNKNOWN, cell))

@@ -18,12 +18,18 @@ from featstore.errors import LeakError, TaskError, UnknownNameError
 from featstore.store.features import FeatureSet
 from probes.cells import column_cells
 from probes.configs import TaskConfig
+from probes.folds import fold_roles
 from probes.known import TASKS
-from probes.labels import TargetKind, blank_rows, check_spec, label_columns, read_targets, without_effect
+from probes.labels import TargetKind, Targets, blank_rows, check_spec, label_columns, read_targets, without_effect
+from probes.noise import add_noise
 from probes.policies import named_policy
+from probes.repeats import describe_repeats, repeated_features, repeated_files
 from probes.roles import SPLITS, assign_roles, crossing_groups, group_of, kept_rows, parse_where, split_of
-from probes.taskspec import TaskSpec
+from probes.taskspec import Noise, TaskSpec
 from probes.units import Units, unit_ids
+
+ROWS = 8192  # converted at a time
+REMEDY = "keep each image in one split (`probes leaks` lists them), or pass --allow-leak to mark the record"
 
 
 class Samples(NamedTuple):
@@ -85,6 +91,8 @@ def read_as(spec: TaskSpec, reading: TaskConfig) -> TaskSpec:
             changes[name] = getattr(reading, name)
     if reading.unit == "image" and reading.pool is None:
         changes["pool"] = "mean"  # a pool belongs to units of several images
+    if reading.label_noise:
+        changes["noise"] = Noise(ratio=reading.label_noise, seed=reading.noise_seed)
     if reading.classes:
         changes["classes"] = tuple(name.strip() for name in reading.classes.split(","))
     return replace(spec, **changes) if changes else spec
@@ -98,7 +106,8 @@ def fits(manifest: Manifest, name: str) -> bool:
 
 def missing_columns(manifest: Manifest, spec: TaskSpec) -> list[str]:
     """Columns that a task reads and the data set lacks."""
-    names = (*label_columns(spec), *(column for column, _ in spec.where), spec.split_column)
+    split = spec.split_column if spec.fold is None else spec.fold.column or spec.split_column
+    names = (*label_columns(spec), *(column for column, _ in spec.where), split)
     return [name for name in dict.fromkeys(names) if name not in manifest.table.column_names]
 
 
@@ -124,6 +133,7 @@ class Task:
     notes: tuple[str, ...] = field(default=())
     unit_ids: Shaped[np.ndarray, " N"] | None = field(default=None)
     test_key: str = field(default="")
+    allow_leak: bool = field(default=False)
 
     @property
     def name(self) -> str:
@@ -193,11 +203,15 @@ class Task:
 
         Rows are images, or units where their features are pooled.
         """
-        values = self._load(features)[self.index(split)]
+        loaded, rows = self._load(features), self.index(split)
         if self.pools_features:
-            values = self.units(split).mean(values)
+            values = self.units(split).mean(loaded[rows]).astype(np.float32, copy=False)
+        else:
+            values = np.empty((len(rows), loaded.shape[1]), np.float32)
+            for start in range(0, len(rows), ROWS):  # in pieces: no copy of all rows in the stored type
+                values[start : start + ROWS] = loaded[rows[start : start + ROWS]]
         y, mask, groups, ids = self.samples(split, "train" if split == "train" else "eval")
-        return values.astype(np.float32), y, mask, groups, ids
+        return values, y, mask, groups, ids
 
     def _load(self, features: str) -> np.ndarray:
         cache = self.__dict__.setdefault("_loaded", {})
@@ -211,7 +225,33 @@ class Task:
                 )
             cache[features] = values
         loaded: np.ndarray = cache[features]
+        self._check_repeats(features, loaded)
         return loaded
+
+    def _check_repeats(self, features: str, values: np.ndarray) -> None:
+        """Once for each: rows of two splits must not have features that are equal in every bit."""
+        if features in self.repeats:
+            return
+        rows = np.flatnonzero((self.role != "") & self.features.ok)
+        found = repeated_features(values, self.role, rows)
+        ids = self.features.manifest.column("id")
+        text = describe_repeats(found, f"images with equal {features}", ids, self.role) if found else ""
+        if found and not self.allow_leak:
+            raise LeakError(f"{text}; {REMEDY}")
+        self.repeats[features] = f"leak allowed: {text}" if found else ""
+
+    @cached_property
+    def repeats(self) -> dict[str, str]:
+        """Features read so far -> a note on images that two splits share by them, or nothing."""
+        return {}
+
+    def share_loaded(self, other: "Task") -> None:
+        """Read features together with another task of the same set, as folds do: one matrix serves all."""
+        self.__dict__["_loaded"] = other.__dict__.setdefault("_loaded", {})
+
+    def forget_loaded(self) -> None:
+        """Free the features that were read."""
+        self.__dict__.get("_loaded", {}).clear()
 
     def evaluate(
         self, scores: Float[np.ndarray, "n L"], split: str = "test", *, resamples: int = 1000, seed: int = 0
@@ -238,37 +278,45 @@ def make_task(features: FeatureSet, spec: TaskSpec, *, allow_leak: bool = False)
     Raises:
         UnknownNameError: a label or filter column is absent.
         TaskError: a label column is unusable, or a split has nothing to fit or score.
-        LeakError: a group or a unit crosses splits.
+        LeakError: a group, a unit or an image crosses splits.
     """
     manifest = features.manifest
     _check_columns(manifest, spec)
     check_spec(spec)
     keep, notes = kept_rows(manifest, spec)
     groups = group_of(manifest)
-    split, more = split_of(manifest, spec)
-    role, how = assign_roles(split, groups, spec, keep)
+    if spec.fold is not None:
+        targets = _read(manifest, spec, keep)
+        role, how = fold_roles(manifest, spec, groups, keep, targets)
+        # A column of folds may leave rows out, which then make no class.
+        targets = targets if (role != "").sum() == keep.sum() else _read(manifest, spec, role != "")
+    else:
+        split, more = split_of(manifest, spec)
+        role, assigned = assign_roles(split, groups, spec, keep)
+        targets, how = _read(manifest, spec, role != ""), (*more, *assigned)
     test_key = _test_key(manifest, role)
-    # What other rows say neither makes a class nor is an error.
-    columns = {name: column_cells(manifest.table.column(name), role != "") for name in label_columns(spec)}
-    targets = read_targets(columns, spec)
     labelled, unlabelled = _labelled(manifest, spec, role != "")
+    known = labelled.reshape(labelled.shape + (1,) * (targets.mask.ndim - 1))
+    targets = replace(targets, mask_train=targets.mask_train & known, mask=targets.mask & known)
     role, dropped = _drop(role, targets.dropped_train, targets.dropped)
+    targets, noisy = _with_noise(manifest, spec, targets, role == "train")
     units = unit_ids(manifest, spec, role != "")
-    notes = (*notes, *more, *how, *without_effect(spec), *unlabelled, *dropped)
+    notes = (*notes, *how, *without_effect(spec), *unlabelled, *dropped, *noisy)
     task = Task(
         spec,
         features,
         targets.kind,
         targets.labels,
         targets.y_train,
-        targets.mask_train & labelled.reshape(labelled.shape + (1,) * (targets.mask.ndim - 1)),
+        targets.mask_train,
         targets.y,
-        targets.mask & labelled.reshape(labelled.shape + (1,) * (targets.mask.ndim - 1)),
+        targets.mask,
         role.astype("U5"),
         groups,
-        (*notes, *_leaks(role, groups, units, spec.unit, allow_leak)),
+        (*notes, *_leaks(role, groups, units, spec.unit, allow_leak), *_repeated(features, role, allow_leak)),
         units,
         test_key,
+        allow_leak,
     )
     for name in SPLITS:
         if len(task.index(name)) == 0:
@@ -277,6 +325,33 @@ def make_task(features: FeatureSet, spec: TaskSpec, *, allow_leak: bool = False)
                 f"check the labels and `featstore info {features.name}`"
             )
     return task
+
+
+def _read(manifest: Manifest, spec: TaskSpec, used: Bool[np.ndarray, " N"]) -> Targets:
+    """Labels of the rows that are used: what others say neither makes a class nor is an error."""
+    return read_targets({name: column_cells(manifest.table.column(name), used) for name in label_columns(spec)}, spec)
+
+
+def _with_noise(
+    manifest: Manifest, spec: TaskSpec, targets: Targets, train: Bool[np.ndarray, " N"]
+) -> tuple[Targets, tuple[str, ...]]:
+    """Labels with the noise that the task asks for on its training rows, and a note that counts it.
+
+    Raises:
+        TaskError: a task of classes or numbers.
+    """
+    if spec.noise is None:
+        return targets, ()
+    if targets.kind != "multilabel":
+        raise TaskError(
+            f"task {spec.name!r} is {targets.kind}: label noise, as published, flips labels that are present or not; "
+            "leave --label-noise out"
+        )
+    ids = [sample for sample, trained in zip(manifest.column("id"), train) if trained]
+    pairs = [(y[train], mask[train]) for y, mask in ((targets.y_train, targets.mask_train), (targets.y, targets.mask))]
+    y_train, y = targets.y_train.copy(), targets.y.copy()
+    y_train[train], y[train], note = add_noise(spec.noise, targets.labels, ids, *pairs)
+    return replace(targets, y_train=y_train, y=y), (note,)
 
 
 def _check_columns(manifest: Manifest, spec: TaskSpec) -> None:
@@ -343,3 +418,18 @@ def _leaks(
                 )
             return (f"leak allowed: {text}",)
     return ()
+
+
+def _repeated(features: FeatureSet, role: np.ndarray, allow_leak: bool) -> tuple[str, ...]:
+    """A note on byte-identical images in two splits, where that is allowed.
+
+    Raises:
+        LeakError: it is not.
+    """
+    found = repeated_files(features, role)
+    if not found:
+        return ()
+    text = describe_repeats(found, "byte-identical images", features.manifest.column("id"), role)
+    if not allow_leak:
+        raise LeakError(f"{text}; {REMEDY}")
+    return (f"leak allowed: {text}",)

@@ -13,6 +13,29 @@ PLAIN = Policy()  # uncertain and blank are masked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Fold:
+    """One fold of a cross-validation over all rows of a task, in place of its splits; see `probes.folds`.
+
+    Fold `number` (from 0) of `of` is the test split. `column` names the folds, or `seed` deals them. `val` is the share
+    of all groups that selects; without it the next fold does. The others train.
+    """
+
+    number: int
+    of: int
+    seed: int = 0
+    column: str = ""
+    val: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noise:
+    """Label noise of training rows: a positive flips with probability `ratio`, a negative with a quarter of it."""
+
+    ratio: float
+    seed: int = 42
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TaskSpec:
     """A task by name; independent of any store.
 
@@ -26,7 +49,7 @@ class TaskSpec:
     where validation rows come from: the official split, or a seeded share of the training groups (then an official
     validation split may be the test split). Scores of one `unit` are pooled (`mean`, `max`) before they are scored;
     "features" averages the features of its images first, so that a head sees units. `source` is the paper or release;
-    `deviations` say what differs from it.
+    `deviations` say what differs from it. `fold` and `noise` are asked for by options, never by a named task.
     """
 
     name: str
@@ -47,6 +70,8 @@ class TaskSpec:
     source: str = ""
     deviations: tuple[str, ...] = ()
     unlabelled: Unlabelled = "blank"
+    fold: Fold | None = None
+    noise: Noise | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON; what came later is stated where it is not the default, so that old digests hold."""

@@ -8,13 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from featstore.errors import LeakError, TaskError
 from probes.draws import Draws
-from probes.metrics import Metrics, auroc, evaluate
-from probes.ranking import Ranking, best_youden, fits_lanes, pack, resample_steps
-from probes.statistics import interval
+from probes.metrics import MetricName, Metrics, auroc, decide, evaluate
+from probes.ranking import Ranking, Standing, best_youden, fits_lanes, pack, resample_steps
+from probes.statistics import interval, resample_decisions
+
+# What a decision has; a ranking has none of it.
+DECISIONS: tuple[MetricName, ...] = (
+    "sensitivity", "specificity", "f1", "balanced_accuracy", "accuracy", "precision",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,29 @@ class Thresholds:
             scored.y, scored.scores, scored.mask, kind="multilabel", labels=self.labels, threshold=self.values
         )
 
+    def intervals(self, scored: Scored, draws: Draws, *, level: float = 0.95) -> dict[str, Any]:
+        """Percentile intervals of the metrics of decisions, macro and per label, on a table of resamples of patients.
+
+        The thresholds stay as they are: the intervals hold the chance of the test rows alone.
+
+        Raises:
+            LeakError: a sample or group was used to find them. TaskError: other labels.
+        """
+        self.check(scored)
+        decisions = decide(
+            scored.y, scored.scores, scored.mask, kind="multilabel", labels=self.labels, threshold=self.values
+        )
+        values = resample_decisions(decisions, np.array(scored.groups), draws, metrics=DECISIONS)
+        return {
+            "level": level,
+            "draws": draws.digest,
+            "macro": {name: interval(values.macro[name], level) for name in DECISIONS},
+            "per_label": [
+                {"label": label, **{name: interval(values.per_label[name][:, column], level) for name in DECISIONS}}
+                for column, label in enumerate(self.labels)
+            ],
+        }
+
     def check(self, scored: Scored) -> None:
         """Labels are the same and no sample or group was used to find the thresholds.
 
@@ -137,16 +165,16 @@ def fit_thresholds(validation: Scored) -> Thresholds:
     return Thresholds(found, validation.labels, tuple(pooled.tolist()), FittedOn.of(validation))
 
 
-def optimistic_youden(test: Scored, draws: Draws, *, level: float = 0.95) -> dict[str, Any]:
-    """Sensitivity and specificity at the threshold that is best on the test rows themselves, as some papers print.
+def optimistic_youden(test: Scored, draws: Draws | None = None, *, level: float = 0.95) -> dict[str, Any]:
+    """The metrics of decisions at the threshold that is best on the test rows themselves, as some papers print.
 
-    Each resample has its own threshold, found on its own rows. These numbers are too good: they say what the scores
-    could do, not what a decision does. `{"optimistic": True, "per_label": [{"label", "threshold", "sensitivity",
-    "specificity", "intervals"}]}`; labels with a single class are left out.
+    These numbers are too good: they say what the scores could do, not what a decision does. `{"optimistic": True,
+    "macro", "per_label": [{"label", "threshold", metric, ...}]}`; labels with a single class are left out. With `draws`
+    also `intervals` (of every label too), in which each resample has its own threshold, found on its own rows; a macro
+    value is NaN in a resample that lacks a class of a label.
     """
-    used = np.asarray(test.mask.any(1))
-    columns = draws.columns(np.array(test.groups), used)
-    found = []
+    found: list[dict[str, Any]] = []
+    every = []
     for number, label in enumerate(test.labels):
         rows = np.flatnonzero(test.mask[:, number])
         y, scores = test.y[rows, number], test.scores[rows, number]
@@ -154,23 +182,49 @@ def optimistic_youden(test: Scored, draws: Draws, *, level: float = 0.95) -> dic
         if threshold != threshold:
             continue
         ranking = Ranking.of(y, scores)
-        values = np.full((len(draws.counts), 2), np.nan)
-        renumbered = ranking.renumbered(columns[rows])
-        packable = fits_lanes([columns[rows]], draws.counts)
-        for block in resample_steps(len(rows), len(draws.counts)):
-            counts = draws.counts[block]
-            at = renumbered.packed_standing(pack(counts)) if packable else renumbered.standing(counts)
-            values[block] = best_youden(at)[: len(counts)]
-        sensitivity, specificity = best_youden(ranking.standing(np.ones((1, len(rows)), np.uint8)))[0].tolist()
-        found.append(
-            {
-                "label": label,
-                "threshold": threshold,
-                "sensitivity": sensitivity,
-                "specificity": specificity,
-                "intervals": {
-                    name: interval(values[:, place], level) for place, name in enumerate(("sensitivity", "specificity"))
-                },
-            }
-        )
-    return {"optimistic": True, "level": level, "draws": draws.digest, "per_label": found}
+        own = _decided(ranking.standing(np.ones((1, len(rows)), np.uint8)))[0].tolist()
+        found.append({"label": label, "threshold": threshold, **dict(zip(DECISIONS, own))})
+        if draws is not None:
+            every.append(_resampled(test, rows, ranking, draws))
+            found[-1]["intervals"] = _intervals(every[-1], level)
+    nan = float("nan")
+    macro = {name: float(np.mean([entry[name] for entry in found])) if found else nan for name in DECISIONS}
+    result: dict[str, Any] = {"optimistic": True, "macro": macro, "per_label": found}
+    if draws is not None:
+        mean = np.mean(every, axis=0) if every else np.full((len(draws.counts), len(DECISIONS)), nan)
+        result["intervals"] = {"level": level, "draws": draws.digest, "macro": _intervals(mean, level)}
+    return result
+
+
+def _intervals(values: Float[np.ndarray, "B M"], level: float) -> dict[str, Any]:
+    return {name: interval(values[:, place], level) for place, name in enumerate(DECISIONS)}
+
+
+def _resampled(test: Scored, rows: Int[np.ndarray, " n"], ranking: Ranking, draws: Draws) -> Float[np.ndarray, "B M"]:
+    """`DECISIONS` of one label on every resample; `rows` are those that have the label, in the order of `ranking`."""
+    columns = draws.columns(np.array(test.groups)[rows])
+    renumbered = ranking.renumbered(columns)
+    packable = fits_lanes([columns], draws.counts)
+    values = np.full((len(draws.counts), len(DECISIONS)), np.nan)
+    for block in resample_steps(len(rows), len(draws.counts)):
+        counts = draws.counts[block]
+        at = renumbered.packed_standing(pack(counts)) if packable else renumbered.standing(counts)
+        values[block] = _decided(at)[: len(counts)]
+    return values
+
+
+def _decided(at: Standing) -> Float[np.ndarray, "B M"]:
+    """`DECISIONS` of every resample at its own best cut; NaN where a class has no weight."""
+    sensitivity, specificity = best_youden(at).T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        hits, false = sensitivity * at.num_positive, (1 - specificity) * at.num_negative
+        right = hits + specificity * at.num_negative
+        columns = [
+            sensitivity,
+            specificity,
+            2 * hits / (hits + false + at.num_positive),
+            (sensitivity + specificity) / 2,
+            right / (at.num_positive + at.num_negative),
+            np.where(hits + false == 0, 0 * hits, hits / (hits + false)),
+        ]
+    return np.stack(columns, 1)

@@ -2,15 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from featstore.errors import TaskError
+from probes.attentive import AttentiveProbe
 from probes.knn import KNNProbe
 from probes.logistic import LogisticProbe
 from probes.metrics import auroc
+from probes.mil import MILProbe
+from probes.mlp import MLPProbe
+from probes.trained_config import MilConfig
+from probes.training import Recipe
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,46 @@ def predict_logistic(probe: LogisticProbe, X: np.ndarray) -> np.ndarray:
     return probe.probabilities(X, 0)
 
 
+# One batch holds all rows: then their order changes only that of sums.
+RECIPE = Recipe(lr=(0.02,), epochs=10, batch=1024)
+
+
+def fit_mlp(probe: MLPProbe, X: np.ndarray, y: np.ndarray, mask: np.ndarray | None = None) -> MLPProbe:
+    return probe.fit(X, y, mask, kind="multilabel")
+
+
+def tokens(X: np.ndarray) -> np.ndarray:
+    """Two tokens of each row."""
+    return np.stack([X, X**2], 1)
+
+
+def fit_attentive(
+    probe: AttentiveProbe, X: np.ndarray, y: np.ndarray, mask: np.ndarray | None = None
+) -> AttentiveProbe:
+    return probe.fit(tokens(X), y, mask, kind="multilabel")
+
+
+def predict_attentive(probe: AttentiveProbe, X: np.ndarray) -> np.ndarray:
+    return probe.predict_proba(tokens(X))
+
+
+def fit_mil(probe: MILProbe, X: np.ndarray, y: np.ndarray, mask: np.ndarray | None = None) -> MILProbe:
+    return probe.fit(X, np.arange(len(X)), y, mask, kind="multilabel")
+
+
+def predict_mil(probe: MILProbe, X: np.ndarray) -> np.ndarray:
+    return probe.predict_proba(X, np.arange(len(X)))
+
+
 CASES = {
+    "mlp": Case(lambda: MLPProbe(RECIPE, hidden=8, dropout=0.0), fit_mlp, MLPProbe.predict_proba, 1e-4),
+    "attentive": Case(lambda: AttentiveProbe(RECIPE), fit_attentive, predict_attentive, 1e-4),
+    **{
+        f"mil-{pooling}": Case(
+            partial(MILProbe, RECIPE, MilConfig(pooling=pooling, project=6, dropout=0.0)), fit_mil, predict_mil, 1e-4
+        )
+        for pooling in ("abmil", "mean", "max")
+    },
     "logistic": Case(lambda: LogisticProbe(C=0.1), fit_logistic, predict_logistic, 1e-4),
     "logistic-balanced": Case(
         lambda: LogisticProbe(C=1.0, standardize=False, class_weight="balanced"), fit_logistic, predict_logistic, 1e-4

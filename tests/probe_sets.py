@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from featstore.configs import RegisterConfig
 from featstore.register import register
+from featstore.store.catalog import Store
 from featstore.store.features import FeatureSet
 from featstore.store.importer import import_features
 
@@ -32,7 +33,7 @@ def write_set(
     size = len(features)
     names = [f"{number:03d}.png" for number in range(size)]
     for file in names:
-        (root / file).write_bytes(b"x")
+        (root / file).write_bytes(file.encode())  # no two alike: that would be a leak
     pq.write_table(pa.table({"path": names, **columns}), root / "labels.parquet")
     config = RegisterConfig(
         table=root / "labels.parquet",
@@ -45,6 +46,16 @@ def write_set(
     kept = [number for number in range(size) if number not in failed]
     np.savez(root / "f.npz", features=features[kept].astype(np.float32), id=np.array([names[row] for row in kept]))
     return import_features(store, root / "f.npz", dataset=name, model=model)[0][name, model]
+
+
+def with_patches(features: FeatureSet, model: str = "p") -> FeatureSet:
+    """A set of the same samples with patches (3, 8) of noise, stored as an extraction stores them."""
+    from tiny_sets import PATCHES, make_spec_of, prepare, write_missing
+
+    store = features.folder.parents[2]
+    spec = make_spec_of(dataset=features.manifest.name, model=model, block_rows=1024)
+    write_missing(prepare(store, spec, features.manifest, [PATCHES]), 0, block_rows=1024)
+    return Store(store).set(f"{features.manifest.name}/{model}@42")
 
 
 def with_volumes(features: FeatureSet) -> FeatureSet:

@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 from cli import comparing
 from featstore.errors import ConfigError, FeatstoreError, LeakError, TaskError, UnknownNameError
 from featstore.store.catalog import Store
-from probes.compare import compare, seed_spread
+from probes.compare import compare
+from probes.compare_seeds import seed_spread
 from probes.configs import EvalConfig, KnnConfig, LinearConfig, TaskConfig
 from probes.evaluation import evaluate_sets, load_records_at
 from probes.paired import Criteria
 from probes.records import load_predictions, save_record
-from probes.score_tables import find_record, of_record, open_scores
+from probes.score_tables import find_record, open_scores
 from probes.subgroups import age_band, age_of, find_column, subgroup_rows
 
 SMALL = Criteria(num_resamples=60)
@@ -320,8 +321,3 @@ def test_the_command_prints_tables(made: tuple[Store, dict[str, Any]]) -> None:
     assert found["result"]["metric"] == "f1"
     refused = command(made, ids[0], "zzz")
     assert isinstance(refused.exception, FeatstoreError)
-
-
-def test_records_of_numbers_are_refused() -> None:
-    with pytest.raises(TaskError, match="record r1 is of a regression task; comparisons take records of labels"):
-        of_record({"id": "r1", "task": {"kind": "regression"}})

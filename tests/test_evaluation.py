@@ -19,8 +19,9 @@ from featstore.store.importer import import_features
 from probes import report
 from probes.configs import EvalConfig, KnnConfig, LinearConfig
 from probes.evaluation import complete_sets, evaluate_sets, with_token_mean
+from probes.linear import fit_linear
 from probes.records import load_predictions, load_records
-from probes.selection import fit_linear, folds
+from probes.selection import folds
 from probes.tasks import choose_task, make_task
 
 POOLED = {"summary": "pool"}
@@ -132,11 +133,11 @@ def test_no_row_is_scored_by_a_head_that_saw_it(
     data: tuple[Store, Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With labels that are pure noise a leak shows as an out-of-fold AUROC far above one half."""
-    from probes import selection
+    from probes import linear
 
     store = data[0]
     seen: list[tuple[np.ndarray, list[np.ndarray]]] = []
-    real = selection.LogisticProbe
+    real = linear.LogisticProbe
 
     class Watched(real):  # type: ignore[misc, valid-type]
         def fit(self, X: np.ndarray, *args: Any, **options: Any) -> Any:
@@ -147,7 +148,7 @@ def test_no_row_is_scored_by_a_head_that_saw_it(
             seen[-1][1].append(X)
             return super().probabilities(X, choice)
 
-    monkeypatch.setattr(selection, "LogisticProbe", Watched)
+    monkeypatch.setattr(linear, "LogisticProbe", Watched)
     evaluate_sets(store, "linear", evaluation(labels="a"), replace(LINEAR, refit=True))
     assert len(seen) == 6
     for fitted, scored in seen:

@@ -242,9 +242,9 @@ def test_command_prints_the_curve(features: FeatureSet, store_path: Path, capsys
 DEFAULTS: dict[str, Any] = {
     "model": None, "task": None, "where": "", "features": None, "manifest": None, "seed": 0, "allow_leak": False,
     "results": None, "train_policy": None, "eval_policy": None, "unit": None, "pool": None, "kind": None,
-    "classes": "", "policies": "", "test_dataset": "", "test_task": None, "percent": "", "by": "sample",
-    "sampling": "random", "select": "fixed", "C": None, "alpha": None, "scaling": None, "k": None, "temperature": None,
-    "json": False,
+    "classes": "", "policies": "", "test_dataset": "", "test_task": None, "label_noise": 0.0, "noise_seed": 42,
+    "percent": "", "by": "sample", "sampling": "random", "select": "fixed", "C": None, "alpha": None, "scaling": None,
+    "k": None, "temperature": None, "json": False,
 }  # fmt: skip
 
 

@@ -13,10 +13,10 @@ from featstore.store.catalog import Store
 from probes.configs import EvalConfig, KnnConfig, TaskConfig
 from probes.evaluation import evaluate_sets
 from probes.knn import KNNProbe
+from probes.knn_fit import fit_knn
 from probes.mlknn import MLKNN
 from probes.records import load_predictions
 from probes.report import tables
-from probes.selection import fit_knn
 from probes.tasks import choose_task, make_task
 
 

@@ -1,4 +1,4 @@
-"""What the README shows is so: commands parse as typed, and the table is the one that the result files give."""
+"""What the README and the page on probes show is so: commands parse as typed, the table is that of the result files."""
 
 import re
 import shlex
@@ -13,11 +13,12 @@ from cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = README + (ROOT / "docs" / "probes.md").read_text()
 
 
 def commands() -> list[str]:
     found = []
-    for block in re.findall(r"```(?:bash|console)\n(.*?)```", README, re.DOTALL):
+    for block in re.findall(r"```(?:bash|console)\n(.*?)```", PAGES, re.DOTALL):
         text = block.replace("\\\n", " ")
         for line in text.splitlines():
             for part in line.split("#")[0].removeprefix("$ ").split(";"):

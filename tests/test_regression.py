@@ -45,7 +45,7 @@ def test_ridge_is_scikit_learn(shape: tuple[int, int], standardize: bool) -> Non
             rows = mask[:, target]
             model = Ridge(alpha=alpha).fit(scaler.transform(X[rows]), y[rows, target])
             expected = model.predict(scaler.transform(queries))
-            np.testing.assert_allclose(head.predict(queries)[number, :, target], expected, rtol=1e-9)
+            np.testing.assert_allclose(head.predictions(queries)[number, :, target], expected, rtol=1e-9)
 
 
 def test_ridge_in_pieces_is_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_ridge_in_pieces_is_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = RidgeProbe(alpha=1.0).fit(X, y)
     monkeypatch.setattr("probes.ridge.CHUNK", 7)
     np.testing.assert_allclose(RidgeProbe(alpha=1.0).fit(X, y).coef_, whole.coef_, rtol=1e-10)
-    np.testing.assert_allclose(whole.predict(X)[0], RidgeProbe(alpha=1.0).fit(X, y).predict(X)[0], rtol=1e-10)
+    np.testing.assert_allclose(whole.predict(X), RidgeProbe(alpha=1.0).fit(X, y).predict(X), rtol=1e-10)
 
 
 def test_rows_without_a_target_may_hold_nan() -> None:
@@ -71,12 +71,12 @@ def test_what_ridge_refuses() -> None:
     X, y = RNG.standard_normal((6, 3)), RNG.standard_normal((6, 1))
     for alpha in (0.0, (1.0, 1.0), (2.0, 1.0), ()):
         with pytest.raises(ConfigError, match="alpha must be positive and ascending"):
-            RidgeProbe(alpha=alpha)
+            RidgeProbe(alpha=alpha).fit(X, y)
     with pytest.raises(TaskError, match="targets and mask of 6 rows differ in shape"):
         RidgeProbe().fit(X, y[:5])
     with pytest.raises(TaskError, match="a target has no row to fit on among 6"):
         RidgeProbe().fit(X, y, np.zeros((6, 1), dtype=bool))
-    with pytest.raises(TaskError, match="targets must be finite numbers; mask other rows out"):
+    with pytest.raises(TaskError, match="targets must be finite numbers, not NaN or infinity; mask other rows out"):
         RidgeProbe().fit(X, np.full((6, 1), np.nan))
     with pytest.raises(TaskError, match="not fitted yet"):
         RidgeProbe().predict(X)
@@ -329,7 +329,7 @@ def test_options_of_the_other_head(tmp_path: Path, store_path: Path) -> None:
 
 
 def test_no_target_that_varies_in_validation_chooses_nothing() -> None:
-    from probes.selection import choose_alpha
+    from probes.linear import choose_alpha
     from probes.tasks import Samples
 
     y = np.array([[1.0, 2.0], [1.0, 3.0]])

@@ -259,13 +259,17 @@ def test_networks_of_one_pass_fit_the_memory(tmp_path: Path, store_path: Path, m
     from cli import running
 
     register_pictures(store_path, tmp_path / "data", 20)
-    made = plans(store_path)
+    others = [SetConfig(model="tiny", res="42", random_weights=seed, name=f"seed{seed}") for seed in range(4)]
+    made = plans(store_path, tuple(others))
     size = running._network_bytes(made[0])
     assert size == 4 * made[0].source.architecture.num_parameters()
     for room, groups in ((10 * size, [[0, 1, 2, 3]]), (4 * size, [[0, 1], [2, 3]]), (0, [[0], [1], [2], [3]])):
         monkeypatch.setattr(running, "_free_memory", lambda _, room=room: room)
         runs = running._Runs(made, RUN, running.make_stop(RUN), None, quiet=True)
         assert runs._groups() == groups
+    # Sets of one network share it.
+    runs = running._Runs(plans(store_path), RUN, running.make_stop(RUN), None, quiet=True)
+    assert runs._groups() == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize(

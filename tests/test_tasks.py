@@ -49,7 +49,7 @@ def make_set(tmp_path: Path, store_path: Path) -> MakeSet:
         size = len(next(iter(columns.values())))
         names = [f"{number:03d}.png" for number in range(size)]
         for name in names:
-            (tmp_path / name).write_bytes(b"x")
+            (tmp_path / name).write_bytes(name.encode())
         pq.write_table(pa.table({"path": names, **columns}), tmp_path / "labels.parquet")
         config = RegisterConfig(
             table=tmp_path / "labels.parquet",

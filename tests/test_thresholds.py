@@ -105,7 +105,8 @@ def test_optimistic_numbers_are_marked_and_equal_the_roc_curve_of_every_resample
     draws = Draws.of(np.array(test.groups), num_resamples=25, seed=4)
     found = optimistic_youden(test, draws)
     assert found["optimistic"] is True
-    assert found["draws"] == draws.digest
+    assert found["intervals"]["draws"] == draws.digest
+    assert optimistic_youden(test)["macro"] == found["macro"]
     columns = draws.columns(np.array(test.groups))
     for column, entry in enumerate(found["per_label"]):
         rows = np.flatnonzero(test.mask[:, column])

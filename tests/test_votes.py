@@ -19,7 +19,7 @@ import probes.neighbours
 from featstore.errors import ConfigError, DeviceError, TaskError
 from probes.knn import KNNProbe, KNNRegressor
 from probes.mlknn import MLKNN
-from probes.neighbours import build_index, distances, ranked, rounding, unit_rows
+from probes.neighbours import build_index, distances, largest, ranked, rounding, unit_rows
 
 CASES = {
     "majority": lambda: KNNProbe(k=15, vote="majority"),
@@ -174,6 +174,17 @@ def test_distances_of_equal_rows_are_zero() -> None:
     found = distances(rows, rows, np.tile(np.arange(9), (9, 1)))
     assert (np.diag(found) == 0).all()
     np.testing.assert_allclose(found, 1 - rows.astype(float) @ rows.astype(float).T, atol=1e-7)
+
+
+@pytest.mark.parametrize(("count", "k"), [(1, 1), (40, 40), (43, 10), (1000, 1), (1003, 7), (5000, 200)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_partial_sort_by_groups_is_a_sort(count: int, k: int, ties: bool) -> None:
+    values = np.random.default_rng(count).standard_normal((9, count)).astype(np.float32)
+    values = np.round(values, 1) if ties else values
+    best, columns = (part.numpy() for part in largest(torch.from_numpy(values), k))
+    np.testing.assert_array_equal(best, -np.sort(-values, axis=1)[:, :k])
+    np.testing.assert_array_equal(np.take_along_axis(values, columns, 1), best)
+    assert all(len(set(row)) == k for row in columns.tolist())
 
 
 class FaissWithGpu(types.ModuleType):

@@ -16,6 +16,7 @@ from featstore.errors import WeightsError
 
 SATELLITE_MEAN = (0.430, 0.411, 0.296)
 SATELLITE_STD = (0.213, 0.156, 0.143)
+PERIODS = "rope_embed.periods"  # of the rotary positions, in Meta's files
 
 # The defaults of transformers' own configuration class, for fields that a config.json leaves out.
 DEFAULTS: dict[str, Any] = {
@@ -103,7 +104,7 @@ def follow_meta(network: Any, tensors: Any) -> None:
     """
     import torch
 
-    for name in tensors.shapes:
+    for name in tensors.shapes or ():
         if re.fullmatch(r"(backbone\.)?rope_embed\.periods", name):
             for owner, frequencies in network.named_buffers():
                 if owner.endswith("inv_freq"):
@@ -172,7 +173,8 @@ def _write(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-HUB = Dialect(name="hub", key=hub_key)
+# The hub's own files have no periods; those of a network that was trained on from Meta's checkpoint do.
+HUB = Dialect(name="hub", key=hub_key, ignored=(r".*mask_token$", r"rope_embed\.periods$"), after=follow_meta)
 # `local_cls_norm` was only used on the small crops of training.
 META, GATED_META = (
     Dialect(

@@ -54,8 +54,6 @@ class NetworkBackbone:
         self.memory = memory
         self._turn = threading.Lock()  # hooks are the network's: one batch at a time
         self._asked = False  # which operator runs behind the name depends on the size: asked once, of the first batch
-        self._blocks = network.get_submodule(family.blocks) if family.blocks else None
-        self._norm = network.get_submodule(family.norm) if family.norm else None
         self._parameter = next(parameter for parameter in network.parameters() if not parameter.is_meta)
 
     @property
@@ -84,50 +82,63 @@ class NetworkBackbone:
         facts = self.architecture
         facts.check_size(*pixels.shape[2:])
         wanted = facts.block_numbers(layers)
-        # The last block's output is the final sequence before the norm.
-        captured = wanted if facts.final_norm else tuple({*wanted, facts.depth})
-        hidden: dict[int, Tensor] = {}
-        # float32 means float32: by default cuDNN may run the patch projection in TF32, with 10 bits of mantissa.
-        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-        with self._turn, torch.inference_mode(), exact, self._capture(captured, hidden):
+        with self._turn, torch.inference_mode():
             inputs = pixels.to(self.device, self.dtype)
             if not self._asked and self.kernel is not None:
                 self.kernel, self._asked = kernel_that_runs(self.kernel, facts, inputs, self.dtype), True
-            last = self.family.call(self.network, inputs, facts)
-            final = self._split(last if facts.final_norm else hidden[facts.depth])
-            inner = {
-                number: final if number == facts.depth else self._split(self._finish(hidden[number]))
-                for number in wanted
-            }
-        return Tokens(cls=final.cls, registers=final.registers, patches=final.patches, layers=inner)
+            return compute_tokens(self.network, facts, self.family, inputs, wanted)
 
-    def _finish(self, sequence: Float[Tensor, "..."]) -> Any:
-        return self.family.finish(self._norm, sequence) if self.architecture.final_norm else sequence
 
-    def _split(self, sequence: Any) -> Tokens:
-        cls, registers, patches = self.family.split(sequence, self.architecture)
+def compute_tokens(
+    network: nn.Module,
+    architecture: Architecture,
+    family: Family,
+    inputs: Float[Tensor, "B 3 H W"],
+    wanted: tuple[int, ...] = (),
+) -> Tokens:
+    """Tokens of images that have the network's type and lie on its device, and of the blocks `wanted` (1..depth).
+
+    The one pass of frozen networks and of those that train: gradients are recorded as the caller asks for them.
+    """
+    # The last block's output is the final sequence before the norm.
+    captured = wanted if architecture.final_norm else tuple({*wanted, architecture.depth})
+    norm = network.get_submodule(family.norm) if family.norm else None
+    hidden: dict[int, Tensor] = {}
+
+    def finish(sequence: Tensor) -> Any:
+        return family.finish(norm, sequence) if architecture.final_norm else sequence
+
+    def split(sequence: Any) -> Tokens:
+        cls, registers, patches = family.split(sequence, architecture)
         return Tokens(cls=cls, registers=registers, patches=patches, layers={})
 
-    @contextlib.contextmanager
-    def _capture(self, wanted: tuple[int, ...], hidden: dict[int, Tensor]) -> Iterator[None]:
-        # Only these blocks keep their output: output_hidden_states would hold all of them, 1.4 GB an image for 7B at
-        # 1024.
-        def keep(number: int) -> Any:
-            def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-                hidden[number] = output[0] if isinstance(output, tuple) else output
+    # float32 means float32: by default cuDNN may run the patch projection in TF32, with 10 bits of mantissa.
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with exact, _capture(network, family, captured, hidden):
+        last = family.call(network, inputs, architecture)
+        final = split(last if architecture.final_norm else hidden[architecture.depth])
+        inner = {number: final if number == architecture.depth else split(finish(hidden[number])) for number in wanted}
+    return Tokens(cls=final.cls, registers=final.registers, patches=final.patches, layers=inner)
 
-            return hook
 
-        handles = []
-        if self._blocks is not None:
-            handles = [
-                self._blocks.get_submodule(str(number - 1)).register_forward_hook(keep(number)) for number in wanted
-            ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+@contextlib.contextmanager
+def _capture(network: nn.Module, family: Family, wanted: tuple[int, ...], hidden: dict[int, Tensor]) -> Iterator[None]:
+    # Only these blocks keep their output: output_hidden_states would hold all of them, 1.4 GB an image for 7B at 1024.
+    def keep(number: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            hidden[number] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = []
+    if family.blocks:
+        blocks = network.get_submodule(family.blocks)
+        handles = [blocks.get_submodule(str(number - 1)).register_forward_hook(keep(number)) for number in wanted]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -119,8 +119,13 @@ def find_cache(root: Place, manifest: Manifest, preprocess: PreprocessSpec) -> C
     """The cache for these pixels: of three channels where one was begun, else of one.
 
     Raises:
-        ConfigError: the preprocessing does not end in 8 bits.
+        ConfigError: the preprocessing does not end in 8 bits, or makes augmented copies.
     """
+    if preprocess.augment is not None:
+        raise ConfigError(
+            "--decoded-cache keeps images as the plain set has them, and augmented views are made of the source, all "
+            "in one pass that decodes it once; leave --decoded-cache out"
+        )
     if preprocess.quantise != "uint8":
         raise ConfigError(
             "--decoded-cache keeps 8-bit images, and this checkpoint's processor resizes floats; leave it out, or take "

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from featstore.backbones.compiling import compilation_of
-from featstore.backbones.tokens import Backbone, Tokens
+from featstore.backbones.pooling import pick
+from featstore.backbones.tokens import Backbone
 from featstore.configs import RunConfig
 from featstore.errors import ConfigError, StoreError
 from featstore.extraction.batching import Pieces, advised
@@ -152,16 +153,6 @@ class Lane:
                 return rows, batch
             chosen = [next(each, None) if row in broken else row for row, each in zip(chosen, waiting)]
         return [], None
-
-
-def pick(tokens: Tokens, name: str) -> Float[Tensor, "..."]:
-    """The array `name` (`cls`, `layers/3/patches`, ...) out of one forward pass; the patch mean is taken in float32."""
-    *layer, part = name.split("/")
-    source = tokens.layers[int(layer[1])] if layer else tokens
-    if part == "mean_patch":
-        return source.patches.float().mean(1)
-    found: Tensor = getattr(source, part)
-    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,11 @@ from featstore.extraction.memory import (
 )
 from featstore.extraction.stages import Stage
 from featstore.files import retry
-from featstore.images import PreprocessSpec, preprocess, stack
-from featstore.images.decoded import Decoded, DecodeOptions, Opened
+from featstore.images import PreprocessSpec, stack
+from featstore.images.decoded import DecodeOptions, Opened
 from featstore.images.opening import OpenFiles, open_bytes, open_path
 from featstore.images.part import parse_part
+from featstore.images.preprocess import preprocess_each
 from featstore.inputs import HASH_HEX, Inputs
 from featstore.store.commits import RowState
 from featstore.store.layout import LEFT
@@ -77,11 +78,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Where one sample lies: file below the root, part of it, and the file's size in bytes at registration."""
+    """Where one sample lies: file below the root, part of it, and the file's size in bytes at registration.
+
+    `id` is its own, of which augmented copies are drawn; None where nobody asks for such.
+    """
 
     path: str
     part: str | None
     size: int
+    id: str | None = None
 
 
 def load_image(inputs: Inputs, opened: OpenFiles, sample: Sample, spec: PreprocessSpec) -> Loaded:
@@ -123,11 +128,14 @@ def _load(inputs: Inputs, opened: OpenFiles, sample: Sample, specs: Sequence[Pre
         if isinstance(found, DecodeError):
             raise found
         part = parse_part(sample.part)
-        decoded: dict[DecodeOptions, Decoded] = {}
-        for spec in specs:
-            if spec.decoding not in decoded:
-                decoded[spec.decoding] = found.pixels(part, spec.decoding)
-        return [preprocess(decoded[spec.decoding], spec) for spec in specs], RowState(content)
+        alike: dict[DecodeOptions, list[int]] = {}
+        for number, spec in enumerate(specs):
+            alike.setdefault(spec.decoding, []).append(number)
+        images: dict[int, np.ndarray] = {}
+        for options, numbers in alike.items():
+            made = preprocess_each(found.pixels(part, options), [specs[number] for number in numbers], sample.id)
+            images.update(zip(numbers, made))
+        return [images[number] for number in range(len(specs))], RowState(content)
     except DecodeError as error:
         return [], RowState(content, str(error))
 
@@ -183,9 +191,11 @@ def check_files(manifest: Manifest, rows: Int64[np.ndarray, " K"]) -> None:
     check_unchanged(manifest, rows[sizes[rows] != MISSING])
 
 
-def samples_of(manifest: Manifest) -> list[Sample]:
-    """Where every row of a manifest lies."""
-    columns = manifest.column("path"), manifest.place("part"), manifest.column("size")
+def samples_of(manifest: Manifest, specs: Sequence[PreprocessSpec]) -> list[Sample]:
+    """Where every row of a manifest lies, with its id where one of the preprocessings wants that."""
+    columns = [manifest.column("path"), manifest.place("part"), manifest.column("size")]
+    if any(spec.augment is not None for spec in specs):
+        columns.append(manifest.column("id"))
     return [Sample(*place) for place in zip(*columns)]
 
 
@@ -236,7 +246,7 @@ class Loader(Images):
         self._work = work
         self._inputs = Inputs(manifest.root, stage=stage)
         self._opened = OpenFiles()
-        self._samples = samples_of(manifest)
+        self._samples = samples_of(manifest, self.specs)
         self.gate = Gate(decode_limit() if decode_bytes is None else decode_bytes)
         self._threads: ThreadPoolExecutor | None = None
         self._processes: "WorkerPool | None" = None

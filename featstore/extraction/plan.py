@@ -17,6 +17,7 @@ from featstore.configs import RunConfig, SetConfig, parse_layers, parse_reduce, 
 from featstore.datasets.manifest import Manifest
 from featstore.errors import ConfigError, IncompleteError
 from featstore.images import PreprocessSpec, fit_size, parse_resolution
+from featstore.images.augment import augment_of
 from featstore.images.intensity import canonical_intensity
 from featstore.images.preprocess import hf_size
 from featstore.images.published import apply_published, deviations_of, published
@@ -25,7 +26,16 @@ from featstore.request import as_request
 from featstore.store import commits, ledger, reductions
 from featstore.store.catalog import Store
 from featstore.store.kinds import check_kind, check_random_name
-from featstore.store.layout import ITEMSIZE, ArraySpec, block_rows, make_spec, read_spec, set_folder, set_name
+from featstore.store.layout import (
+    ITEMSIZE,
+    ArraySpec,
+    block_rows,
+    make_spec,
+    read_spec,
+    set_folder,
+    set_name,
+    without_augment,
+)
 from featstore.store.packed import check_not_archived
 from featstore.store.reductions import Reduction
 
@@ -191,18 +201,25 @@ def resolve_compute_dtype(
 ) -> str:
     """Precision belongs to the set: an existing set keeps its own, a new one takes what the device does best.
 
-    `name` is (data set, model, resolution): a set of another name says nothing about this one.
+    `name` is (data set, model, resolution): a set of another name says nothing about this one. Augmented views and
+    their plain set go together: where one of them is new, it follows the others.
     """
     if asked != "auto":
         return asked
-    held = set()
+    own: set[str] = set()
+    family: set[str] = set()
     for entry in store.entries(name[0]):
         if (entry.spec["model"], entry.spec["resolution"]) != name[1:]:
             continue
-        other = dict(entry.spec["identity"])
+        other, wanted = dict(entry.spec["identity"]), {**identity, "schema": entry.spec["schema"]}
         dtype = other.pop("compute_dtype", None)
-        if dtype is not None and other == {**identity, "schema": entry.spec["schema"]}:
-            held.add(str(dtype))
+        if dtype is None:
+            continue
+        if other == wanted:
+            own.add(str(dtype))
+        if without_augment(other) == without_augment(wanted):
+            family.add(str(dtype))
+    held = own or family
     if len(held) > 1:
         raise ConfigError(
             f"there are sets of {name[0]!r} in {' and '.join(sorted(held))}; say which to go on with by --compute-dtype"
@@ -332,6 +349,7 @@ def make_preprocess(config: SetConfig, source: BackboneSource, pixels: tuple[int
         intensity=config.intensity,
         dicom_mode=config.dicom_mode,
         decode=config.decode,
+        augment=augment_of(config),
     )
 
 

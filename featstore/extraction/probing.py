@@ -132,7 +132,7 @@ def probe_decoding(
     chosen = draw_rows(manifest, rows, IMAGES + 1)
     if not chosen:
         return None
-    inputs, opened, samples = Inputs(manifest.root), OpenFiles(), samples_of(manifest)
+    inputs, opened, samples = Inputs(manifest.root), OpenFiles(), samples_of(manifest, specs)
     failed: list[bool] = []
 
     def one(row: int) -> None:

@@ -35,6 +35,7 @@ from featstore.extraction.plan import Plan
 from featstore.extraction.ray_queue import Piece
 from featstore.extraction.stopping import Stop
 from featstore.objects import Place
+from featstore.store.layout import network_of
 
 MATTER = ("featstore", "python", "torch", "transformers", "numpy", "pillow")  # must be one version on all machines
 VISIBLE_SECONDS = 10.0  # in which a shared file system shows a file that another machine wrote
@@ -157,7 +158,8 @@ class Actor:
                 caches[number], notes[number] = fill_cache(plan, shared, stop=self._stop)
             if len(plan.todo) == 0:
                 continue
-            made, backbone, lines = create_set(plan, run, device, None, lambda _: None)
+            same = [lane.backbone for lane in lanes[-1:] if network_of(lane.plan.spec) == network_of(plan.spec)]
+            made, backbone, lines = create_set(plan, run, device, same[0] if same else None, lambda _: None)
             notes[number] = lines + notes.get(number, [])
             lanes.append(Lane(made, run, device, backbone or load_backbone(made, run, device), number=number))
             lanes[-1].guard()

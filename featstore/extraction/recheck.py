@@ -13,6 +13,7 @@ from torch import Tensor
 
 from featstore import files
 from featstore.backbones import BACKBONES, BackboneSource, describe
+from featstore.backbones.pooling import pick
 from featstore.backbones.tokens import Backbone, Tokens
 from featstore.configs import RunConfig
 from featstore.datasets.manifest import stat_files
@@ -20,11 +21,11 @@ from featstore.errors import ConfigError, IncompleteError, MissingWeightsError, 
 from featstore.extraction.backbone import load_for_set
 from featstore.extraction.batching import default_batch_size
 from featstore.extraction.creation import TORCH_DTYPES
-from featstore.extraction.lane import pick
 from featstore.extraction.loader import Batch, Job, open_loader
 from featstore.extraction.pipeline import choose_device
 from featstore.extraction.reduce import Reducer
 from featstore.images import PreprocessSpec, to_pixels
+from featstore.images.augment import Augment
 from featstore.request import request_of
 from featstore.store import commits
 from featstore.store.diff import as_tokens, parity_limit, parity_of, row_differences
@@ -179,7 +180,7 @@ def preprocessing(held: dict[str, Any]) -> PreprocessSpec:
     Raises:
         ConfigError: this version would give other pixels.
     """
-    published = held["geometry"] == "hf"
+    published, drawn = held["geometry"] == "hf", held.get("augment")
     spec = PreprocessSpec(
         geometry=held["geometry"],
         height=held["height"],
@@ -191,6 +192,7 @@ def preprocessing(held: dict[str, Any]) -> PreprocessSpec:
         processor=held["processor"],
         dicom_mode=held.get("dicom_mode", "standard"),
         decode=held.get("decode", "full"),
+        augment=None if drawn is None else Augment(recipe=drawn["recipe"], view=drawn["view"], seed=drawn["seed"]),
     )
     other = differences(held, json.loads(files.canonical_json(spec.as_dict())))
     if other:

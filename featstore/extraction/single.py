@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
+from featstore.backbones.pooling import pick
 from featstore.configs import RunConfig
 from featstore.errors import ConfigError, DecodeError, UnknownNameError
 from featstore.extraction.backbone import load_for_set
 from featstore.extraction.creation import TORCH_DTYPES
-from featstore.extraction.lane import pick
 from featstore.extraction.pipeline import choose_device
 from featstore.extraction.recheck import find_backbone, preprocessing
 from featstore.images import preprocess, stack, to_pixels
@@ -44,6 +44,11 @@ def embed_image(
             raise ConfigError(f"{features.name}:{name} is kept reduced, and cannot be compared with a new image")
     source = find_backbone(features.spec, weights, digest_cache)
     spec = preprocessing(features.spec["identity"]["preprocess"])
+    if spec.augment is not None:
+        raise ConfigError(
+            f"{features.name} holds augmented copies, which are drawn from the id of a sample, and {image.name} has "
+            "none; search the plain set"
+        )
     pictures = list_parts(image)
     if len(pictures) != 1:
         raise ConfigError(

@@ -109,6 +109,8 @@ def _worst(extent: Extent, spec: PreprocessSpec) -> int:
     if spec.geometry == "spline" or spec.quantise == "none":
         each = max(each, SPLINE)
     over = 12 * extent.volume if first.volume else 0
+    if spec.augment is not None and spec.augment.crops:
+        each += 4 if deep else 1  # the crop is a copy, at most of all
     shrunk = _shrunk(extent, spec)
     return int((each + COPIES * extent.itemsize) * extent.samples / shrunk**2) + over
 

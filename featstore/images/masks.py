@@ -45,7 +45,7 @@ def read_masks(
 
     Raises:
         ManifestError: a row has no mask, or its part cannot be. DecodeError: a mask cannot be read; both name the file.
-        OSError: a file is missing.
+        OSError: a file is missing. ConfigError: as `fit_mask`.
     """
     paths, parts = manifest.column("mask_path"), manifest.place("mask_part")
     inputs, opened = Inputs(manifest.root), OpenFiles()
@@ -209,7 +209,10 @@ def fit_mask(mask: Int[np.ndarray, "H W"], spec: PreprocessSpec) -> Int[np.ndarr
 
     Raises:
         DecodeError: as the geometry.
+        ConfigError: the images are augmented copies.
     """
+    if spec.augment is not None:
+        raise ConfigError("masks lie on the images themselves, not on augmented copies; use the plain set")
     if mask.size == 0:
         raise DecodeError("the mask has no pixels")
     # Pixels are numbered from 1 and the numbers placed: 0 is padding, and no class goes through any arithmetic.

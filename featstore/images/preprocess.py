@@ -13,11 +13,12 @@ from jaxtyping import Float32, Shaped, UInt8
 
 from featstore.configs import DecodeMode, DicomMode, Geometry
 from featstore.errors import ConfigError
+from featstore.images.augment import Augment, draw, mirrored_and_turned
 from featstore.images.decoded import Decoded, DecodeOptions
 from featstore.images.hf import PILLOW_FILTERS, RESCALE_FIRST, canonical_processor, hf_size, pillow_pixels
 from featstore.images.intensity import canonical_intensity, parse_intensity, to_byte_range
 
-__all__ = ["IMPLEMENTATION", "PreprocessSpec", "hf_size", "preprocess", "stack"]
+__all__ = ["IMPLEMENTATION", "PreprocessSpec", "hf_size", "preprocess", "preprocess_each", "stack"]
 
 IMPLEMENTATION = 1  # raised whenever the same file and specification would give other pixels; part of every fingerprint
 
@@ -33,7 +34,8 @@ class PreprocessSpec:
     `height` and `width` are pixels fed to the network. `mean` and `std` are per channel, of values in [0, 1].
     `processor` is a `preprocessor_config.json`, for `hf` alone: it settles what is left open and must not be
     contradicted. `quantise` "auto" becomes "uint8", or "none" where the processor resizes floats. `intensity` is a text
-    of the grammar in `featstore.images.intensity`, kept in its canonical spelling.
+    of the grammar in `featstore.images.intensity`, kept in its canonical spelling. `augment`: not the images themselves
+    but a copy of each; where that is a crop of the source, it takes the place of the geometry.
 
     Raises:
         ConfigError: values that cannot be used, or that contradict the processor.
@@ -49,6 +51,7 @@ class PreprocessSpec:
     processor: dict[str, Any] | None = field(default=None, hash=False)
     dicom_mode: DicomMode = "standard"
     decode: DecodeMode = "full"
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         if self.geometry not in get_args(Geometry):
@@ -67,6 +70,12 @@ class PreprocessSpec:
             raise ConfigError(
                 f"decode {self.decode} changes pixels, and geometry {self.geometry} repeats those of others exactly; "
                 "use one of them"
+            )
+        if self.augment is not None and self.augment.crops and (self.geometry in EXACT or self.decode != "full"):
+            raise ConfigError(
+                f"--augment {self.augment.recipe} cuts its crops from the source at its full size, before any resize: "
+                f"geometry {self.geometry} with decode {self.decode} has none to cut from; take geometry squash or "
+                "dino, and decode full"
             )
         if (self.geometry == "hf") != (self.processor is not None):
             raise ConfigError(
@@ -139,6 +148,7 @@ class PreprocessSpec:
         return {
             **cut,
             **{name: value for name, value in later.items() if value not in ("standard", "full")},
+            **({} if self.augment is None else {"augment": self.augment.as_dict()}),
             "implementation": IMPLEMENTATION,
             "geometry": self.geometry,
             "height": self.height,
@@ -153,28 +163,68 @@ class PreprocessSpec:
 
 
 def preprocess(
-    image: Shaped[np.ndarray, "h w"] | Shaped[np.ndarray, "h w 3"] | Decoded, spec: PreprocessSpec
+    image: Shaped[np.ndarray, "h w"] | Shaped[np.ndarray, "h w 3"] | Decoded,
+    spec: PreprocessSpec,
+    sample: str | None = None,
 ) -> Planes:
     """One decoded image of any depth as (C, height, width); C is 1 for grey and 3 for colour.
 
     uint8 where the specification quantises, else float32; in [0, 255], or in [0, 1] where `spec.unit_range`. The
-    geometry `spline` resizes the stored values before the intensity, every other one what the intensity gives.
+    geometry `spline` resizes the stored values before the intensity, every other one what the intensity gives. `sample`
+    is the image's id, from which an augmented copy is drawn; nothing else needs it.
 
     Raises:
         DecodeError: an image so long that the geometry would make it absurdly large, or one that the intensity cannot
             be done on.
+        ConfigError: an augmented copy of an image without an id.
     """
-    decoded = image if isinstance(image, Decoded) else Decoded(image)
-    if spec.geometry == "spline":
-        return _resized_first(decoded, spec)
-    values = to_byte_range(decoded, spec.intensity)
-    if spec.processor is not None:
-        return _hf(values, spec.processor, spec)
+    return preprocess_each(image if isinstance(image, Decoded) else Decoded(image), [spec], sample)[0]
+
+
+def preprocess_each(image: Decoded, specs: Sequence[PreprocessSpec], sample: str | None = None) -> list[Planes]:
+    """`preprocess` in several ways; those of one intensity share its result, and one is held at a time.
+
+    Raises:
+        DecodeError, ConfigError: as `preprocess`.
+    """
+    found: dict[int, Planes] = {}
+    for intensity in dict.fromkeys(spec.intensity for spec in specs):
+        values: np.ndarray | None = None
+        for number, spec in enumerate(specs):
+            if spec.intensity != intensity:
+                continue
+            if spec.geometry != "spline" and values is None:
+                values = to_byte_range(image, intensity)
+            found[number] = _augmented(image, values, spec, sample)
+    return [found[number] for number in range(len(specs))]
+
+
+def _augmented(image: Decoded, values: np.ndarray | None, spec: PreprocessSpec, sample: str | None) -> Planes:
+    """One image as the specification has it, or its augmented copy."""
+    if spec.augment is None:
+        return _fitted(image, values, spec)
+    if sample is None:
+        raise ConfigError("an augmented copy is drawn from the id of a sample, and this image has none; give it one")
+    drawn = draw(spec.augment, sample, *image.pixels.shape[:2])
+    if drawn.box is None:
+        return mirrored_and_turned(_fitted(image, values, spec), drawn)
+    assert values is not None  # crops exclude the spline
+    top, left, height, width = drawn.box
+    return mirrored_and_turned(_resized(values[top : top + height, left : left + width], spec, "squash"), drawn)
+
+
+def _fitted(image: Decoded, values: np.ndarray | None, spec: PreprocessSpec) -> Planes:
+    if spec.geometry == "spline" or values is None:
+        return _resized_first(image, spec)
+    return _hf(values, spec.processor, spec) if spec.processor is not None else _resized(values, spec, spec.geometry)
+
+
+def _resized(values: np.ndarray, spec: PreprocessSpec, geometry: Geometry) -> Planes:
     from featstore.images.resize import GEOMETRIES
 
     if spec.quantise == "none":
-        return _clamp(GEOMETRIES[spec.geometry](values.astype(np.float32, copy=False), spec.height, spec.width))
-    planes = GEOMETRIES[spec.geometry](values, spec.height, spec.width)
+        return _clamp(GEOMETRIES[geometry](values.astype(np.float32, copy=False), spec.height, spec.width))
+    planes = GEOMETRIES[geometry](values, spec.height, spec.width)
     return planes if planes.dtype == np.uint8 else _round(planes)
 
 

@@ -13,7 +13,7 @@ from featstore.errors import FeatstoreError, StoreError, UnknownNameError
 from featstore.objects import Place, as_object
 from featstore.store.bucket import enter
 from featstore.store.features import FeatureSet
-from featstore.store.layout import DECODED, check_store, differences, read_spec, set_name, store_path
+from featstore.store.layout import DECODED, augment_of, check_store, differences, read_spec, set_name, store_path
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Entry:
     def is_decoded(self) -> bool:
         """Whether it holds decoded images, and no embeddings."""
         return bool(self.spec["weights"].get("kind") == DECODED)
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it holds embeddings of augmented copies, which serve the training of heads alone."""
+        return augment_of(self.spec) is not None
 
     @property
     def full_name(self) -> str:
@@ -98,13 +103,15 @@ class Store:
     def find(self, dataset: str, model: str | None = None) -> list[Entry]:
         """Sets of a data set that `model` names: `tiny`, `tiny@98` or `tiny@98-1a2b`; without it all with embeddings.
 
+        Augmented views are found under their whole name alone (`tiny@98~dino3`): they belong to their plain set.
+
         Raises:
             CorruptError, SchemaError: a set that may be meant cannot be read.
         """
         found = []
         for item in self._scan(dataset):
             if isinstance(item, Entry):
-                if not item.is_decoded if model is None else _matches(item, model):
+                if not (item.is_decoded or item.is_view) if model is None else _matches(item, model):
                     found.append(item)
             elif model is None or item[0].name.startswith(model):
                 raise item[1]
@@ -215,9 +222,8 @@ def _facts(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _matches(entry: Entry, model: str) -> bool:
     name = set_name(entry.spec)
-    return model in (entry.spec["model"], name) or (
-        entry.folder.name.startswith(model) and model.startswith(f"{name}-")
-    )
+    names = (name,) if entry.is_view else (entry.spec["model"], name)
+    return model in names or (entry.folder.name.startswith(model) and model.startswith(f"{name}-"))
 
 
 def open_store(path: Place | str | None = None) -> Store:

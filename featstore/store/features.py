@@ -1,6 +1,7 @@
 """A set as a reader sees it: the rows of one manifest, in its order, whatever the order of computation was."""
 
 import html
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from featstore.datasets.manifest import Manifest
 from featstore.errors import ConfigError, IncompleteError, UnknownNameError
 from featstore.objects import Place
+from featstore.request import command_of
 from featstore.store import commits, compact, ledger, reductions
 from featstore.store.layout import LEFT, read_spec, set_name
 from featstore.store.packed import archived
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 OK, FAILED, PENDING = "ok", "failed", "pending"
 PARTS = ("cls", "mean_patch", "registers", "patches")
 POOL_BYTES = 256 * 2**20  # tokens held in memory while they are averaged
+LAST = re.compile(r"last([1-9][0-9]*)")  # CLS tokens of the last blocks
 
 
 @dataclass(frozen=True)
@@ -262,11 +265,16 @@ class FeatureSet:
     def parts(self, features: str) -> list[str]:
         """Arrays behind a feature name: array names joined by '+', such as `cls+mean_patch`, or `mean_all`.
 
+        `lastN` stands for the CLS tokens of the last N blocks in order of depth, each after the final norm, as in
+        `last4+mean_patch`; the last of them is `cls`.
+
         Raises:
-            ConfigError: `mean_all` of a network without a CLS token.
+            ConfigError: `mean_all` of a network without a CLS token; `lastN` of one without so many blocks.
+            UnknownNameError: a block of `lastN` is not there; the message says how to add it.
         """
         if features != "mean_all":
-            return features.split("+")
+            lasts = [(name, LAST.fullmatch(name)) for name in features.split("+")]
+            return [part for name, last in lasts for part in (self._last_blocks(int(last[1])) if last else [name])]
         facts = self.spec["identity"].get("architecture", {})
         if facts.get("summary") == "pool":
             raise ConfigError(
@@ -275,6 +283,25 @@ class FeatureSet:
             )
         has_registers = facts.get("num_registers", 0) > 0
         return ["cls", "registers", "patches"] if has_registers else ["cls", "patches"]
+
+    def _last_blocks(self, count: int) -> list[str]:
+        """Arrays of the CLS tokens of the last `count` blocks."""
+        depth = int(self.spec["identity"].get("architecture", {}).get("depth") or 0)
+        if not depth:
+            raise ConfigError(
+                f"{self.name}: last{count} is the CLS tokens of the last {count} blocks, and no blocks of tokens are "
+                "known of this network; use cls"
+            )
+        if count > depth:
+            raise ConfigError(f"{self.name}: last{count} asks for {count} blocks and the network has {depth}")
+        names = [*(f"layers/{block}/cls" for block in range(depth - count + 1, depth)), "cls"]
+        missing = [name for name in names if name not in self.ledger.arrays]
+        if missing:
+            raise UnknownNameError(
+                f"{self.name} has no {', '.join(missing)}, which last{count} needs; run\n"
+                f"  {command_of(self.spec, names)}"
+            )
+        return names
 
     def load(self, features: str = "cls+mean_patch", *, verify: bool = False) -> np.ndarray:
         """Features of every sample, shape (N, D), in manifest order; rows that failed are NaN.
@@ -310,6 +337,7 @@ class FeatureSet:
             "weights": "random" if self.random else self.spec["weights"]["kind"],
             "pixels": [preprocess["height"], preprocess["width"]] if preprocess else None,
             "geometry": preprocess.get("geometry"),
+            **({"augment": preprocess["augment"]} if preprocess.get("augment") else {}),
             "archived": sealed["codec"] if (sealed := archived(self.folder)) is not None else None,
             **({"reduction": self._losses()} if reductions.steps_of(self.spec) else {}),
             "bytes": sum(array.row_bytes for array in self.ledger.arrays.values()) * len(self)

@@ -7,7 +7,7 @@ from featstore.errors import IncompleteError
 from featstore.store import commits, ledger
 from featstore.store.catalog import Store
 
-_NO_CONTENT = "0" * commits.HASH_HEX  # rows whose bytes were never read
+NO_CONTENT = "0" * commits.HASH_HEX  # rows whose bytes were never read
 
 
 def file_hashes(store: Store, manifest: Manifest) -> list[str | None]:
@@ -27,7 +27,7 @@ def file_hashes(store: Store, manifest: Manifest) -> list[str | None]:
                 held.update((row, commit.content(row)) for row in range(commit.start, commit.stop))
         for row in open_rows:
             value = held.get(int(rows[row]))
-            if value is not None and value != _NO_CONTENT:
+            if value is not None and value != NO_CONTENT:
                 found[row] = value
     return found
 

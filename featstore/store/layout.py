@@ -176,9 +176,38 @@ def make_spec(
 _PLAIN_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
 
 
+def augment_of(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """Of which augmented copies of the images a set is: recipe, view, seed; None for the images themselves."""
+    preprocess = spec["identity"].get("preprocess")
+    held = preprocess.get("augment") if isinstance(preprocess, dict) else None
+    return held if isinstance(held, dict) else None
+
+
+def without_augment(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity as the plain set has it, equal for all views of one set."""
+    preprocess = identity.get("preprocess")
+    if not isinstance(preprocess, dict):
+        return identity
+    return {**identity, "preprocess": {name: value for name, value in preprocess.items() if name != "augment"}}
+
+
 def set_name(spec: dict[str, Any]) -> str:
-    """`model@res`, or `model` alone for features without a known input size."""
-    return f"{spec['model']}@{spec['resolution']}" if spec["resolution"] else str(spec["model"])
+    """`model@res`, or `model` alone for features without a known input size; `model@res~dino3` for a view of it.
+
+    A seed of views that is not 0 stands behind: `~dino3s1`.
+    """
+    name = f"{spec['model']}@{spec['resolution']}" if spec["resolution"] else str(spec["model"])
+    augment = augment_of(spec)
+    if augment is None:
+        return name
+    seed = augment.get("seed")
+    return f"{name}~{augment.get('recipe')}{augment.get('view')}" + (f"s{seed}" if seed else "")
+
+
+def network_of(spec: dict[str, Any]) -> str:
+    """Equal for sets that one network in memory serves: of one model at several sizes, of views, of other data sets."""
+    names = ("weights", "architecture", "pos_interp", "weight_dtype", "window", "compute_dtype")
+    return files.digest({name: spec["identity"].get(name) for name in names})
 
 
 def set_folder(root: Place, spec: dict[str, Any]) -> Place:

@@ -166,8 +166,8 @@ def read_rows(folder: Place, manifest: str) -> Int64[np.ndarray, " N"]:
             f"{folder.parent.name}/{folder.name}: not extracted for manifest {manifest}; run the same "
             "`featstore extract` again, or read it for an older one (--manifest)"
         )
-    rows: Int64[np.ndarray, " N"] = read_mapping_table(path, ("row",)).column("row").to_numpy()
-    return rows
+    # Not arrow's to_numpy, which imports pandas: a second or two that reading a set would cost every command.
+    return np.array(np.from_dlpack(read_mapping_table(path, ("row",)).column("row").combine_chunks()))
 
 
 def read_mapping(path: Place) -> tuple[list[str], list[int], Int64[np.ndarray, " N"]]:

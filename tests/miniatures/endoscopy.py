@@ -115,6 +115,7 @@ def autolaparo(root: Path) -> Miniature:
                 phase = frame // rate % 7 + 1
                 picture = np.full((48, 48, 3), 30 * phase, np.uint8)
                 picture[:, : 6 * phase] = 255 - 30 * phase
+                picture[: 2 * number, :32] //= 2  # no two videos are alike
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
         step = 1 if number == 2 else rate
