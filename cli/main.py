@@ -96,7 +96,7 @@ def _store_app() -> typer.Typer:
 
 
 def _probe_app() -> typer.Typer:
-    from cli import comparing, fewshot, heads, leaks, probing, suite
+    from cli import comparing, fewshot, finetune, heads, leaks, probing, suite
 
     app = typer.Typer(
         name="probes",
@@ -116,7 +116,7 @@ def _probe_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for module in (probing, heads, suite, fewshot, comparing, leaks):
+    for module in (probing, heads, finetune, suite, fewshot, comparing, leaks):
         for name, command in module.COMMANDS.items():
             app.command(name, no_args_is_help=name != "results")(guarded(command))
     return app

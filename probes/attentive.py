@@ -238,6 +238,10 @@ def fit_attentive(task: Task, features: str, config: AttentiveConfig) -> Fitted:
     for split in SPLITS:
         owner = owner_of(task, split)
         require_arrays(owner.features, features)
+        for vectors in ("mean_patch", "cls"):  # what tells equal images apart without reading all patches
+            if vectors in owner.features.arrays:
+                owner.check_images(vectors)
+                break
         read[split] = StoredTokens(owner.features, features, owner.index(split), recipe.device)
     width, outputs = read["train"].width, len(task.labels)
     heads = attention_heads(width, config.heads)

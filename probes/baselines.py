@@ -78,7 +78,9 @@ def baseline_task(task: Task, probe: str, columns: Sequence[str] = ()) -> Task:
     """
     kind = probe.removeprefix(PREFIX)
     matrix = encode(task.features.manifest, columns, task.index("train")) if probe == METADATA else None
-    return replace(task, features=BaselineSet(task.features, kind, columns, matrix))
+    made = replace(task, features=BaselineSet(task.features, kind, columns, matrix))
+    made.repeats[", ".join(columns)] = ""  # that two patients are of one age and sex is no leak
+    return made
 
 
 def _constant(task: Task, values: Float[np.ndarray, " L"], said: str) -> Fitted:
@@ -138,7 +140,9 @@ def choose_columns(manifest: Manifest, labels: Sequence[str], asked: Sequence[st
     names = manifest.table.column_names
     if asked is None:
         found = []
-        for name in SPELLINGS:
+        for name, spellings in SPELLINGS.items():
+            if any(label.lower() in spellings for label in labels):  # told by another column of the same meaning
+                continue
             try:
                 column = find_column(names, name)
             except UnknownNameError:

@@ -22,6 +22,7 @@ from featstore.store.layout import differences, set_name
 from probes.configs import TaskConfig
 from probes.crossing import shared_rows
 from probes.known import TASKS
+from probes.repeats import judge_repeats, repeated_features
 from probes.tasks import Samples, Task, choose_task, missing_columns, read_as
 from probes.taskspec import TaskSpec
 from probes.units import Units
@@ -64,7 +65,26 @@ class CrossTask(Task):
         self, split: str, features: str = "cls+mean_patch"
     ) -> tuple[Float[np.ndarray, "n D"], Real[np.ndarray, "n ..."], Bool[np.ndarray, "n ..."], np.ndarray, list[str]]:
         """(X float32, y, mask, groups, ids) of one split."""
-        return self.target.arrays(split, features) if split == "test" else super().arrays(split, features)
+        if split != "test":
+            return super().arrays(split, features)
+        self._check_shared(features)
+        return self.target.arrays(split, features)
+
+    def _check_shared(self, features: str) -> None:
+        """Once for each: no test row has features equal in every bit to those of a row that is fitted or chosen on."""
+        key = f"{features} of both data sets"
+        if key in self.repeats:
+            return
+        seen = np.union1d(self.index("train"), self.index("val"))
+        test = self.target.index("test")
+        values = np.concatenate([self._load(features)[seen], self.target._load(features)[test]])
+        role = np.array(["train"] * len(seen) + ["test"] * len(test))
+        ids = [*self.features.manifest.column("id"), *self.target.features.manifest.column("id")]
+        ids = [ids[row] for row in [*seen, *(test + len(self.features.manifest))]]
+        groups = np.concatenate([self.groups[seen], self.target.groups[test]])
+        found = repeated_features(values, role, np.arange(len(values)))
+        notes = judge_repeats(found, f"images with equal {features}", ids, role, groups, self.allow_leak)
+        self.repeats[key] = "; ".join(notes)
 
 
 def word_in(spec: TaskSpec, label: str) -> str:
@@ -160,7 +180,8 @@ def cross_task(
     kept = [note for note in target.notes if not note.startswith(unused)]
     test_notes = [f"{target.features.manifest.name}: {note}" for note in kept]
     notes = [*source.notes, *test_notes, *notes]
-    return CrossTask(**(values | {"notes": tuple(notes), "test_key": target.test_key}), target=target)
+    values |= {"notes": tuple(notes), "test_key": target.test_key, "allow_leak": allow_leak}
+    return CrossTask(**values, target=target)
 
 
 def _narrowed(task: Task, words: dict[str, str], shared: Sequence[str]) -> Task:

@@ -12,9 +12,17 @@ import numpy as np
 from featstore.objects import Place
 from probes.protocol import seed_of, without_seed
 from probes.records import float_or_nan, load_records
-from probes.report import Table, describe_choice, is_baseline, label_table, notes_of, set_of, title_of, with_interval
-
-FINETUNE = "finetune"
+from probes.report import (
+    FINETUNE,
+    Table,
+    describe_choice,
+    is_baseline,
+    label_table,
+    notes_of,
+    set_of,
+    title_of,
+    with_interval,
+)
 
 
 def arm_name(record: dict[str, Any]) -> str:

@@ -105,6 +105,36 @@ def deal(
     return fold[index]
 
 
+def carve_strata(
+    groups: Shaped[np.ndarray, " n"], strata: Int[np.ndarray, " n"], fraction: float, seed: int
+) -> Bool[np.ndarray, " n"]:
+    """Mark the rows of a seeded share of the groups, as `carve` does, that holds this share of every class too.
+
+    A group stands with its rarest class. As many are taken as `carve` takes: by the middle of the part that each is of
+    its class, in seeded order. The first of a class goes before all such, its last one stays, so that both sides have
+    every class of two or more groups where so many are taken.
+    """
+    names, index = np.unique(groups, return_inverse=True)
+    kinds, code, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    totals = np.where(kinds >= 0, sizes, len(groups) + 1)  # rows without a class decide where there are no others
+    rarest = np.argsort(totals, kind="stable")
+    order_of = np.argsort(rarest)
+    stratum = np.full(len(names), len(kinds))
+    np.minimum.at(stratum, index, order_of[code])  # of equally rare classes the first
+    ranks = np.array([seeded_rank(str(name), seed) for name in names])
+    place = np.empty(len(names))
+    for number in np.unique(stratum):
+        members = np.flatnonzero(stratum == number)
+        members = members[np.lexsort((names[members], ranks[members]))]
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+        if kinds[rarest[number]] >= 0:
+            place[members[0]], place[members[-1]] = 0, 1
+    count = 0 if len(names) < 2 else min(len(names) - 1, max(1, round(fraction * len(names))))
+    taken = np.zeros(len(names), bool)
+    taken[np.lexsort((names, ranks, stratum, place))[:count]] = True
+    return taken[index]
+
+
 def fold_roles(
     manifest: Manifest, spec: TaskSpec, groups: np.ndarray, keep: Bool[np.ndarray, " N"], targets: Targets
 ) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -115,12 +145,11 @@ def fold_roles(
     """
     fold = spec.fold
     assert fold is not None
-    number = np.full(len(groups), -1)
+    number, strata = np.full(len(groups), -1), strata_of(targets)
     if fold.column:
         names, number = _named(manifest, spec, fold.column)
         how = f"fold {names[fold.number]!r} of {fold.of} in column {fold.column!r}"
     else:
-        strata = strata_of(targets)
         number[keep] = deal(groups[keep], None if strata is None else strata[keep], fold.of, fold.seed)
         spread = "stratified by class" if strata is not None else "not stratified"
         how = f"fold {fold.number + 1} of {fold.of} over all rows, seed {fold.seed}, groups intact, {spread}"
@@ -135,8 +164,13 @@ def fold_roles(
         share = fold.val * len(set(groups[number >= 0].tolist())) / len(set(groups[rest].tolist()))
         if share >= 1:
             raise TaskError(f"--fold-val {fold.val:g} with {fold.of} folds leaves nothing to train on; give less")
-        role[rest[carve(groups[rest].tolist(), fraction=share, seed=fold.seed)]] = "val"
+        if strata is None:
+            taken = carve(groups[rest].tolist(), fraction=share, seed=fold.seed)
+        else:
+            taken = carve_strata(groups[rest], strata[rest], share, fold.seed)
+        role[rest[taken]] = "val"
         how += f"; {100 * fold.val:g}% of the groups, seed {fold.seed}, select"
+        how += ", stratified by class" if strata is not None else ""
     counts = {name: int((role == name).sum()) for name in ("train", "val", "test")}
     if min(counts.values()) == 0:
         said = ", ".join(f"{name} {count}" for name, count in counts.items())

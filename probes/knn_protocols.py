@@ -88,14 +88,7 @@ class Plan:
         found = []
         if features != "cls":
             found.append(f"features {features} in place of the CLS token")
-        spec = task.features.spec["identity"].get("preprocess")
-        if spec is None:
-            found.append("preprocessing of imported features unknown; published: short side 256, centre crop 224")
-        elif (spec["geometry"], spec["height"], spec["width"]) != ("dino", 224, 224):
-            found.append(
-                f"geometry {spec['geometry']} at {spec['height']}x{spec['width']} in place of short side 256, centre "
-                "crop 224"
-            )
+        found += _of_set(self.config.protocol, task)
         if self.config.standardize:
             found.append("standardised features")
         if self.config.counts not in (None, PUBLISHED_K):
@@ -116,3 +109,20 @@ class Plan:
         if masked:
             found.append(f"{masked} masked label entries of the library count as absent; the protocol has none")
         return found
+
+
+def _of_set(name: str, task: Task) -> list[str]:
+    """What of the images, of the stored numbers and of the unit of a task is not as published."""
+    from probes.linear_protocols import PROTOCOLS, of_images, of_unit  # imports torch, which a vote alone need not
+
+    protocol = PROTOCOLS["dinov2" if name == "dino" else name]
+    spec = task.features.spec
+    images, found = spec["identity"].get("preprocess"), of_images(protocol, spec)
+    # Radiology's presets are of its linear heads; its kNN, too, saw DINO's geometry.
+    if images and protocol.presets and (images["geometry"], images["height"], images["width"]) != ("dino", 224, 224):
+        size = f"{images['height']}x{images['width']}"
+        found.insert(0, f"geometry {images['geometry']} at {size} in place of short side 256, centre crop 224")
+    stored = spec["identity"].get("stored_dtype")
+    if stored != "float32":
+        found.append(f"features rounded to {stored} in the store; published neighbours are of what the network gives")
+    return found + of_unit(protocol, task)

@@ -230,7 +230,7 @@ def deviations(
     row is trained on.
     """
     found = _of_features(protocol, task.features, heads)
-    found += _of_images(protocol, task.features.spec)
+    found += of_images(protocol, task.features.spec)
     if protocol.augmentation:
         if config.views is None:
             found.append(
@@ -276,7 +276,7 @@ def _of_features(protocol: Protocol, features: FeatureSet, heads: dict[str, slic
     return found
 
 
-def _of_images(protocol: Protocol, spec: dict[str, Any]) -> list[str]:
+def of_images(protocol: Protocol, spec: dict[str, Any]) -> list[str]:
     """What of the images a set was made from is not as published."""
     images = spec["identity"].get("preprocess")
     if images is None:
@@ -316,6 +316,15 @@ def _of_training(protocol: Protocol, config: LinearConfig) -> list[str]:
     return found
 
 
+def of_unit(protocol: Protocol, task: Task) -> list[str]:
+    """How scores of volumes, studies or patients come about, where the protocol has none or others."""
+    unit, pool = task.spec.unit, task.spec.pool
+    if unit == "image" or (protocol.per_unit and pool == "features"):
+        return []
+    more = "; published: features are averaged before the head (--pool features)" if protocol.per_unit else ""
+    return [f"{'features averaged' if pool == 'features' else f'{pool} of the scores of images'} per {unit}{more}"]
+
+
 def _listed(rates: tuple[float, ...] | None) -> str:
     return ", ".join(f"{rate:g}" for rate in rates or ())
 
@@ -330,11 +339,7 @@ def _of_task(protocol: Protocol, task: Task, masked: int) -> list[str]:
         found.append("softmax over classes; published: cross-entropy of labels")
     if masked:
         found.append(f"{masked} masked label entries of the training rows have no loss; the protocol has none")
-    unit, pool = task.spec.unit, task.spec.pool
-    if unit != "image" and not (protocol.per_unit and pool == "features"):
-        more = "; published: features are averaged before the head (--pool features)" if protocol.per_unit else ""
-        what = "features averaged" if pool == "features" else f"{pool} of the scores of images"
-        found.append(f"{what} per {unit}{more}")
+    found += of_unit(protocol, task)
     if protocol.presets:
         origin = task.features.manifest.meta["split_origin"]
         found.append(

@@ -19,6 +19,7 @@ from featstore.store.features import FeatureSet
 from featstore.store.training import FeatureDataset
 from probes.checks import Kind, check_finite, check_width
 from probes.cross import CrossTask
+from probes.report import task_name
 from probes.roles import SPLITS
 from probes.selection import Fitted
 from probes.tasks import Task
@@ -287,6 +288,7 @@ def fit_mil(task: Task, features: str, config: MilConfig) -> Fitted:
     for split in SPLITS:
         owner = owner_of(bags, split)
         require_arrays(owner.features, features)
+        owner.check_images(features)
         read[split] = StoredBags(owner.features, features, owner.index(split), bags.units(split), recipe.device)
     if config.settled("scaling") == "standardize":
         found = read["train"].moments()
@@ -315,8 +317,9 @@ def of_bags(task: Task) -> Task:
         TaskError: its unit is the image.
     """
     if task.unit_ids is None:
+        name = task_name({"name": task.name, "spec": task.spec.as_dict()})
         raise TaskError(
-            f"task {task.name!r} counts images, and a bag is the images of one volume, study or patient; pass --unit "
+            f"task {name!r} counts images, and a bag is the images of one volume, study or patient; pass --unit "
             "volume, --unit study or --unit patient"
         )
     whole = replace(task, spec=replace(task.spec, pool="features"))

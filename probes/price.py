@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from probes.configs import parse_numbers
-from probes.finetune_table import COST_COLUMNS, FINETUNE, arm_name, cost_cells, total_cost
+from probes.finetune_table import COST_COLUMNS, arm_name, cost_cells, total_cost
 from probes.paired import LOSSES
 from probes.protocol import seed_of
-from probes.report import Table
+from probes.report import FINETUNE, Table
 
 NUM_DEFAULT_C = 45  # strengths that `probes linear` tries unless told otherwise
 BY_SEED = ("mlp", "attentive", "mil", FINETUNE)  # draw first weights, orders, ...; a linear protocol does too

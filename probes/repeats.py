@@ -1,7 +1,8 @@
 """Images of one split that another split holds too, under another name or patient.
 
-Files are compared by their hashes wherever these are known. Features that are equal in every bit say the same of
-embeddings made elsewhere: two images that a network tells apart have no equal features.
+Files are compared by their hashes wherever these are known. Features that are equal in every bit say the same of files
+that were saved again, and of embeddings made elsewhere: two images that a network tells apart have no equal features.
+Images that many patients have, such as empty slices, prove nothing.
 """
 
 from collections.abc import Sequence
@@ -9,11 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from featstore.errors import IncompleteError
+from featstore.errors import IncompleteError, LeakError
 from featstore.store import commits
 from featstore.store.features import FeatureSet
 from featstore.store.hashes import NO_CONTENT, equal_rows
 
+EMPTY_PATIENTS = 4  # an image that so many patients have is no copy of one of them
 MIN_WIDTH = 16  # features of fewer numbers can be equal by chance
 CHUNK = 8192  # rows at a time
 
@@ -67,10 +69,36 @@ def repeated_features(
     return _across(role, [sorted(alike) for alike in held.values() if len(alike) > 1])
 
 
-def describe_repeats(found: Sequence[Sequence[int]], what: str, ids: Sequence[str | None], role: np.ndarray) -> str:
-    """How many there are and one of them, as an error or a note says it."""
-    example = " = ".join(f"{ids[row]} ({role[row]})" for row in found[0][:3])
-    return f"{len(found)} {what} stand in more than one split, such as {example}"
+def judge_repeats(
+    found: Sequence[Sequence[int]],
+    what: str,
+    ids: Sequence[str | None],
+    role: np.ndarray,
+    groups: np.ndarray,
+    allow_leak: bool,
+) -> tuple[str, ...]:
+    """Notes on images that stand in more than one split: those that many patients have, those that are allowed.
+
+    Raises:
+        LeakError: others, which are not allowed.
+    """
+    copies = [rows for rows in found if len({str(groups[row]) for row in rows}) < EMPTY_PATIENTS]
+    notes = []
+    if len(copies) < len(found):
+        notes.append(
+            f"{len(found) - len(copies)} {what} stand in more than one split and belong to {EMPTY_PATIENTS} patients "
+            "or more: taken for empty images"
+        )
+    if copies:
+        example = " = ".join(f"{ids[row]} ({role[row]})" for row in copies[0][:3])
+        text = f"{len(copies)} {what} stand in more than one split, such as {example}"
+        if not allow_leak:
+            raise LeakError(
+                f"{text}; keep each image in one split (`probes leaks` lists equal files), or pass --allow-leak to "
+                "mark the record"
+            )
+        notes.append(f"leak allowed: {text}")
+    return tuple(notes)
 
 
 def _across(role: np.ndarray, found: list[list[int]]) -> list[list[int]]:

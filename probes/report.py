@@ -10,6 +10,7 @@ from probes.records import float_or_nan
 from probes.units import PLURALS
 
 Table = tuple[str, list[str], list[list[str]]]
+FINETUNE = "finetune"
 BASELINE = "baseline:"  # with which the probe of a baseline begins
 DECIDES_NOTHING = f"{BASELINE}chance"  # one score for all: whatever it seems to decide is an accident of the threshold
 # Metrics of a table by kind of task: (name in the record, heading); the first one ranks, by validation.
@@ -245,13 +246,14 @@ def notes_of(records: list[dict[str, Any]]) -> list[str]:
 def tables(records: list[dict[str, Any]]) -> list[tuple[Table, Table, list[str]]]:
     """(macro table, labels of its best record, notes) for every group of comparable records.
 
-    Records of a comparison of training policies, and curves over shots, have tables of their own; folds are shown by
-    the record over all of them.
+    Records of a comparison of training policies, curves over shots, and fine-tuned networks have tables of their own;
+    folds are shown by the record over all of them.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     baselines = baselines_of(records)
     for record in records:
-        if not {"sensitivity", "curve", "fold"} & record.keys() and not is_baseline(record):
+        own_table = is_baseline(record) or record["probe"] == FINETUNE
+        if not {"sensitivity", "curve", "fold"} & record.keys() and not own_table:
             groups.setdefault(protocol_key(record), []).append(record)
     for key, group in groups.items():  # the same set and features evaluated again: the latest stands for all
         groups[key] = list({(record["fingerprint"], record["features"]): record for record in group}.values())
@@ -279,7 +281,7 @@ def with_baselines(records: list[dict[str, Any]], kept: list[dict[str, Any]]) ->
 
 def lone_baselines(records: list[dict[str, Any]]) -> list[Table]:
     """Tables of baselines whose task no other record has."""
-    others = {baseline_key(record) for record in records if not is_baseline(record)}
+    others = {baseline_key(record) for record in records if not is_baseline(record) and record["probe"] != FINETUNE}
     groups = [group for key, group in baselines_of(records).items() if key not in others]
     return [macro_table([], group) for group in groups]
 
@@ -300,6 +302,8 @@ def print_tables(records: list[dict[str, Any]], show: Callable[..., None]) -> No
         show(*table, right=("train",))
         for note in notes:
             print(f"  {note}")
+    if any(record["probe"] == FINETUNE for record in records):
+        _print_arms(records, show)
     for table in lone_baselines(records):
         show(*table, right=("failed",))
     curves = [record for record in records if "curve" in record]
@@ -307,3 +311,16 @@ def print_tables(records: list[dict[str, Any]], show: Callable[..., None]) -> No
         from probes.curves import print_curves  # which takes titles from here
 
         print_curves(curves, show, baselines_of(records))
+
+
+def _print_arms(records: list[dict[str, Any]], show: Callable[..., None]) -> None:
+    """Print fine-tuned networks beside the frozen probes of the same task, one table a task."""
+    from probes.finetune_table import COST_COLUMNS, arm_table, arms_of, task_key  # which takes titles from here
+
+    for key in dict.fromkeys(task_key(record) for record in records if record["probe"] == FINETUNE):
+        arms = arms_of([record for record in records if task_key(record) == key])
+        tuned = [record for arm in arms for record in arm if record["probe"] == FINETUNE]
+        if tuned:
+            show(*arm_table(arms), right=("seeds", *COST_COLUMNS))
+            for note in notes_of(tuned):
+                print(f"  {note}")

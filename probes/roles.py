@@ -26,6 +26,21 @@ def parse_where(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return tuple(parts)
 
 
+def where_text(spec: TaskSpec) -> str:
+    """The task's filters as `--where` takes them."""
+    return ",".join(f"{column}={'|'.join(values)}" for column, values in spec.where)
+
+
+def _values_of(manifest: Manifest, spec: TaskSpec) -> str:
+    """The values of every column that a task filters by, the first ten of them."""
+    said = []
+    for column in dict.fromkeys(column for column, _ in spec.where):
+        texts = sorted({"" if value is None else str(value) for value in manifest.column(column)})
+        more = f" and {len(texts) - 10} more" if len(texts) > 10 else ""
+        said.append(f"{column} has " + ", ".join(text or "(blank)" for text in texts[:10]) + more)
+    return "; ".join(said)
+
+
 def kept_rows(manifest: Manifest, spec: TaskSpec) -> tuple[Bool[np.ndarray, " N"], tuple[str, ...]]:
     """Rows that pass the task's filters and are not left out by id, and what there is to say of it.
 
@@ -38,7 +53,8 @@ def kept_rows(manifest: Manifest, spec: TaskSpec) -> tuple[Bool[np.ndarray, " N"
         keep &= np.array([text in values for text in texts], dtype=bool)
     if not keep.any():
         raise TaskError(
-            f"no sample passes the filter {spec.where}; check the column's values with `featstore info {manifest.name}`"
+            f"no sample passes the filter {where_text(spec)}; {_values_of(manifest, spec)}; check the column's values "
+            f"with `featstore info {manifest.name}`"
         )
     if not spec.without:
         return keep, ()

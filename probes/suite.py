@@ -283,12 +283,12 @@ class _Pass:
             job = Job(task, question.features)
         if self.opened is None:
             self.opened = times_opened(self.folder)
-        self.opened[task.test_key] += 1
-        times = self.opened[task.test_key] + self.opened[task.digest]
+        times = self.opened[task.test_key] + self.opened[task.digest] + 1
         if probe == "fewshot":
             record = self._curve(task, question, times)
         else:
             record = evaluate_one(probe, job, self.config, head, reading=self.reading, folder=self.folder, opened=times)
+        self.opened[task.test_key] += 1
         return Answer(task.digest, record)
 
     def _curve(self, task: Task, question: Question, times: int) -> dict[str, Any]:

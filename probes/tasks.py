@@ -23,13 +23,12 @@ from probes.known import TASKS
 from probes.labels import TargetKind, Targets, blank_rows, check_spec, label_columns, read_targets, without_effect
 from probes.noise import add_noise
 from probes.policies import named_policy
-from probes.repeats import describe_repeats, repeated_features, repeated_files
+from probes.repeats import judge_repeats, repeated_features, repeated_files
 from probes.roles import SPLITS, assign_roles, crossing_groups, group_of, kept_rows, parse_where, split_of
 from probes.taskspec import Noise, TaskSpec
 from probes.units import Units, unit_ids
 
 ROWS = 8192  # converted at a time
-REMEDY = "keep each image in one split (`probes leaks` lists them), or pass --allow-leak to mark the record"
 
 
 class Samples(NamedTuple):
@@ -235,10 +234,18 @@ class Task:
         rows = np.flatnonzero((self.role != "") & self.features.ok)
         found = repeated_features(values, self.role, rows)
         ids = self.features.manifest.column("id")
-        text = describe_repeats(found, f"images with equal {features}", ids, self.role) if found else ""
-        if found and not self.allow_leak:
-            raise LeakError(f"{text}; {REMEDY}")
-        self.repeats[features] = f"leak allowed: {text}" if found else ""
+        what = f"images with equal {features}"
+        notes = judge_repeats(found, what, ids, self.role, self.groups, self.allow_leak)
+        self.repeats[features] = "; ".join(notes)
+
+    def check_images(self, features: str) -> None:
+        """Look for images of two splits by vectors that a head does not itself read at once, as bags and patches.
+
+        Raises:
+            LeakError: there are some, and that is not allowed.
+        """
+        self._load(features)
+        self.forget_loaded()
 
     @cached_property
     def repeats(self) -> dict[str, str]:
@@ -371,7 +378,7 @@ def _check_columns(manifest: Manifest, spec: TaskSpec) -> None:
 def _test_key(manifest: Manifest, role: np.ndarray) -> str:
     """Digest of the test rows, before any policy leaves some out."""
     ids = manifest.table.column("id").filter(role == "test").to_pylist()
-    return files.digest([manifest.digest, files.digest(ids)])
+    return files.digest([manifest.name, files.digest(ids)])  # whatever its labels say by now
 
 
 def _labelled(
@@ -408,6 +415,7 @@ def _leaks(
     Raises:
         LeakError: they are not.
     """
+    notes = []
     for what, ids in (("groups (patients)", groups), (f"units ({unit})", units)):
         crossing = crossing_groups(role, ids) if ids is not None else []
         if crossing:
@@ -416,8 +424,8 @@ def _leaks(
                 raise LeakError(
                     f"{text}; fix --split-column or --group-column, or pass --allow-leak to mark the record"
                 )
-            return (f"leak allowed: {text}",)
-    return ()
+            notes.append(f"leak allowed: {text}")
+    return tuple(notes)
 
 
 def _repeated(features: FeatureSet, role: np.ndarray, allow_leak: bool) -> tuple[str, ...]:
@@ -426,10 +434,11 @@ def _repeated(features: FeatureSet, role: np.ndarray, allow_leak: bool) -> tuple
     Raises:
         LeakError: it is not.
     """
-    found = repeated_files(features, role)
-    if not found:
-        return ()
-    text = describe_repeats(found, "byte-identical images", features.manifest.column("id"), role)
-    if not allow_leak:
-        raise LeakError(f"{text}; {REMEDY}")
-    return (f"leak allowed: {text}",)
+    return judge_repeats(
+        repeated_files(features, role),
+        "byte-identical images",
+        features.manifest.column("id"),
+        role,
+        group_of(features.manifest),
+        allow_leak,
+    )

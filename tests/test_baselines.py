@@ -177,6 +177,7 @@ def test_columns_are_found_by_what_they_are_and_labels_are_none(features: Featur
     manifest = features.manifest
     assert sorted(choose_columns(manifest, ["a"], None)) == ["Patient Age", "sex", "view"]
     assert sorted(choose_columns(manifest, ["sex"], None)) == ["Patient Age", "view"]
+    assert sorted(choose_columns(manifest, ["Patient Gender"], None)) == ["Patient Age", "view"]  # sex by another name
     assert choose_columns(manifest, ["a"], ["age", "height", "age"]) == ("Patient Age", "height")
     with pytest.raises(TaskError, match="--metadata sex is a label of the task, which would predict itself"):
         choose_columns(manifest, ["sex"], ["sex"])
@@ -262,6 +263,18 @@ def test_probes_of_equal_options_but_another_protocol_are_not_ranked_together() 
     plain = record("linear", 0.4, config={"head": {"protocol": None}, "evaluation": {"resamples": 10, "seed": 0}})
     other = record("linear", 0.5, config={"head": {"protocol": "dinov2"}, "evaluation": {"resamples": 10, "seed": 0}})
     assert len(report.tables([plain, other, record("baseline:chance", 0.5)])) == 2
+
+
+def test_patients_alike_by_their_metadata_are_no_leak(features: FeatureSet) -> None:
+    """A wide matrix of few different rows."""
+    columns = ("height", "sex", "view")
+    made = baseline_task(task(features, labels=["a"]), "baseline:metadata", columns)
+    matrix = np.tile(np.eye(20, dtype=np.float32), (SIZE // 20, 1))
+    made = replace(made, features=BaselineSet(features, "metadata", columns, matrix))
+    made.repeats[", ".join(columns)] = ""
+    assert made.arrays("train", ", ".join(columns))[0].shape[1] == 20
+    again = baseline_task(task(features, labels=["a"]), "baseline:metadata", columns)
+    assert again.repeats == {", ".join(columns): ""}
 
 
 def test_a_set_on_disk_stays_as_it_is(features: FeatureSet) -> None:

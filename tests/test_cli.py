@@ -256,9 +256,9 @@ def test_root_that_moved(tmp_path: Path) -> None:
 
 
 def test_every_command_has_help() -> None:
-    from cli import comparing, demo, extract, fewshot, heads, operations, plan, probing, suite
+    from cli import comparing, demo, extract, fewshot, finetune, heads, operations, plan, probing, suite
 
-    for module in (extract, plan, operations, demo, probing, heads, suite, fewshot, comparing):
+    for module in (extract, plan, operations, demo, probing, heads, suite, fewshot, finetune, comparing):
         for name, command in module.COMMANDS.items():
             assert command.__doc__, name
             assert len(command.__doc__.strip()) > 30, name

@@ -1,5 +1,6 @@
 """`probes knn` with its options: what each does to a record, its table, and what is refused."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from probes.configs import EvalConfig, KnnConfig, TaskConfig
 from probes.evaluation import evaluate_sets
 from probes.knn import KNNProbe
 from probes.knn_fit import fit_knn
+from probes.knn_protocols import Plan
 from probes.mlknn import MLKNN
 from probes.records import load_predictions
 from probes.report import tables
@@ -139,14 +141,16 @@ def test_refit_takes_validation_rows_as_neighbours_of_the_test_alone(store: Stor
 def test_deviations_from_protocols_are_listed(store: Store) -> None:
     record = run(store, KnnConfig(k="9", protocol="dino", temperature=0.1, select="loo", refit=True))
     assert record["choices"]["protocol_deviations"] == [
-        "preprocessing of imported features unknown; published: short side 256, centre crop 224",
+        "preprocessing of imported features unknown",
+        *([] if store.set("x/m").spec["identity"]["stored_dtype"] == "float32" else ["features rounded to float16 in "
+          "the store; published neighbours are of what the network gives"]),
         "k from 9 in place of 10,20,100,200",
         "one k, chosen on leave-one-patient-out on train, is tested; the protocol reports every k",
         "temperature 0.1 in place of 0.07",
         "train and val as the library in place of train",
         f"{sum(record['num_masked'][split] for split in ('train', 'val'))} masked label entries of the library count "
         "as absent; the protocol has none",
-    ]
+    ]  # fmt: skip
     assert f"deviates from protocol dino: {record['choices']['protocol_deviations'][1]}" in record["notes"]
     radiology = run(store, KnnConfig(protocol="radiology", smoothing=2.0, standardize=True))
     assert radiology["choices"]["vote"] == "ML-kNN, s=2, with self-neighbour, standardised, protocol radiology"
@@ -157,6 +161,36 @@ def test_deviations_from_protocols_are_listed(store: Store) -> None:
     numbers = run(store, KnnConfig(k="9", protocol="dino"), labels="age", kind="regression")
     assert "weighted mean of numbers; the protocol has classes only" in numbers["choices"]["protocol_deviations"]
     assert run(store, KnnConfig(k="9"))["choices"]["protocol_deviations"] == []
+
+
+def test_sets_and_units_that_are_not_as_published_are_listed(store: Store) -> None:
+    task = task_of(store)
+    images = {"geometry": "squash", "height": 98, "width": 224, "intensity": "native", "mean": [0.5], "std": [0.5]}
+    task.features.spec["identity"] |= {"preprocess": images, "stored_dtype": "float16"}
+    task = dataclasses.replace(task, spec=dataclasses.replace(task.spec, unit="study", pool="features"))
+    geometry = "geometry squash at 98x224 in place of short side 256, centre crop 224"
+    rounded = "features rounded to float16 in the store; published neighbours are of what the network gives"
+    dino = Plan.of(KnnConfig(protocol="dino"))
+    mean = "mean [0.5] and std [0.5] in place of ImageNet's"
+    assert dino.deviations(task, "cls", masked=0)[:4] == [geometry, mean, rounded, "features averaged per study"]
+    images |= {"geometry": "dino", "height": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    task.features.spec["identity"]["stored_dtype"] = "float32"
+    one_k = "one k, chosen on val, is tested; the protocol reports every k"
+    assert dino.deviations(task, "cls", masked=0) == ["features averaged per study", one_k]
+    radiology = Plan.of(KnnConfig(protocol="radiology"))
+    asked = "published: featstore extract --published dinov2-radiology"
+    chosen = "k chosen on val; the k behind the published table is not known"
+    found = radiology.deviations(task, "cls", masked=0)
+    assert found == [f"images: geometry dino at 224x224, intensity native; {asked}", chosen]
+    images["geometry"] = "squash"
+    task.features.spec["published"] = {"name": "dinov2-radiology", "deviations": ["antialiased", "its kNN differs"]}
+    task = dataclasses.replace(task, spec=dataclasses.replace(task.spec, pool="mean"))
+    assert radiology.deviations(task, "cls", masked=0) == [
+        "geometry squash at 224x224 in place of short side 256, centre crop 224",
+        "images: antialiased",
+        "mean of the scores of images per study; published: features are averaged before the head (--pool features)",
+        chosen,
+    ]
 
 
 def test_counts_may_name_the_whole_library(store: Store) -> None:

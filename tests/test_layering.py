@@ -188,7 +188,11 @@ LIGHT = (
         "cli.plan",
         "cli.fewshot",
         "cli.comparing",
+        "cli.finetune",
+        "cli.heads",
+        "cli.suite",
         "probes.fewshot_config",
+        "probes.finetune_config",
     ]
 )
 

@@ -230,6 +230,11 @@ def test_records_of_volumes(volumes: FeatureSet, store_path: Path, monkeypatch: 
 def test_what_cannot_be_a_bag(volumes: FeatureSet) -> None:
     with pytest.raises(TaskError, match=r"counts images, and a bag is the images of one .* pass --unit volume"):
         fit_mil(make_task(volumes, TaskSpec(name="t", labels=("a",))), "cls", QUICK)
+    names = tuple(f"l{number}" for number in range(9))
+    task = make_task(volumes, TaskSpec(name="labels:" + "+".join(names), labels=("a",)))
+    task = replace(task, spec=replace(task.spec, labels=names))
+    with pytest.raises(TaskError, match="task 'l0, l1 and 7 more labels' counts images"):
+        fit_mil(task, "cls", QUICK)
     numbers = make_task(volumes, TaskSpec(name="t", labels=("age",), kind="regression", unit="volume"))
     with pytest.raises(TaskError, match="is regression, and `probes mil` trains heads of labels and classes"):
         fit_mil(numbers, "cls", QUICK)

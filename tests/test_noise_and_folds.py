@@ -16,7 +16,7 @@ from probes.configs import EvalConfig, KnnConfig, LinearConfig, SplitConfig, Tas
 from probes.evaluation import evaluate_sets
 from probes.fewshot import evaluate_fewshot
 from probes.fewshot_config import FewShotConfig, FewShotData
-from probes.folds import deal, fold_specs, spread
+from probes.folds import carve_strata, deal, fold_specs, spread
 from probes.noise import add_noise, draws, flipped
 from probes.records import load_predictions
 from probes.tasks import Task, choose_task, make_task
@@ -200,6 +200,42 @@ def test_every_row_is_tested_once_by_heads_of_other_patients(store: Store, optio
             np.testing.assert_array_equal(task.role == "val", following.role == "test")
     assert len({task.digest for task in tasks}) == len({task.test_key for task in tasks}) == len(tasks)
     assert "splits: fold " in tasks[0].notes[0]
+
+
+def test_a_share_for_selection_holds_every_class(tmp_path: Path, store_path: Path) -> None:
+    """15 positives of 150 patients: each fold's validation rows have some, and training keeps most."""
+    label = [str(int(number % 10 == 0)) for number in range(150)]
+    columns: dict[str, list[Any]] = {"pid": [f"p{number}" for number in range(150)], "a": label}
+    features = write_set(store_path, tmp_path / "y", columns, np.random.default_rng(0).standard_normal((150, 3)))
+    for seed in (1, 2, 3):
+        splits = SplitConfig(folds=5, fold_seed=seed, fold_val=0.1)
+        for spec in fold_specs(features.manifest, choose_task(features.manifest, labels=("a",)), splits):
+            task = make_task(features, spec)
+            held = task.y[task.role == "val", 0]
+            assert (len(held), int(held.sum())) in [(15, 1), (15, 2)]
+            assert task.notes[0].endswith(f"; 10% of the groups, seed {seed}, select, stratified by class")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_carved_strata_keep_groups_whole(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    groups = np.sort(rng.integers(0, 100, 400)).astype(str)
+    strata = rng.choice([-1, 0, 1, 2], 400, p=(0.2, 0.7, 0.08, 0.02))
+    taken = carve_strata(groups, strata, 0.1, seed)
+    assert not set(groups[taken]) & set(groups[~taken])
+    assert len(set(groups[taken])) == round(0.1 * len(set(groups)))
+    assert set(strata[taken]) >= {0, 1, 2}
+    assert set(strata[~taken]) >= {0, 1, 2}
+    order = rng.permutation(400)
+    np.testing.assert_array_equal(taken[order], carve_strata(groups[order], strata[order], 0.1, seed))
+    assert (taken != carve_strata(groups, strata, 0.1, seed + 100)).any()
+
+
+def test_a_class_of_one_group_is_trained_on() -> None:
+    groups = np.arange(20).astype(str)
+    assert not carve_strata(groups, np.arange(20) // 19, 0.5, 0)[19]
+    assert carve_strata(groups, np.arange(20), 0.1, 0).sum() == 2
+    assert carve_strata(groups, np.full(20, -1), 0.1, 0).sum() == 2
 
 
 def test_folds_keep_the_filter_of_the_task(store: Store) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pictures import register_pictures
+from PIL import Image
 from probe_sets import write_set
 
 import probes
@@ -18,7 +19,7 @@ from featstore.extraction.plan import make_plan
 from featstore.register import register
 from featstore.store.catalog import Store
 from featstore.store.features import FeatureSet
-from probes.configs import EvalConfig, LinearConfig
+from probes.configs import EvalConfig, LinearConfig, TaskConfig
 from probes.evaluation import evaluate_sets
 
 SIZE = 60
@@ -105,3 +106,69 @@ def test_equal_files_in_two_splits_are_refused(tmp_path: Path, store_path: Path)
         probes.task(found, labels=["sick"])
     task = probes.task(found, labels=["sick"], allow_leak=True)
     assert any("leak allowed: 1 byte-identical" in note for note in task.notes)
+
+
+def test_images_that_many_patients_have_are_no_leak(tmp_path: Path, store_path: Path) -> None:
+    """Six volumes of six patients, each with the same black slice: equal features, a note."""
+    (tmp_path / "data").mkdir()
+    random = np.random.default_rng(0)
+    lines = ["path,pid,part,sick"]
+    for number in range(6):
+        volume = random.integers(0, 200, (4, 42, 42)).astype(np.uint8)
+        volume[number % 2] = 0
+        np.save(tmp_path / "data" / f"v{number}.npy", volume)
+        lines.append(f"v{number}.npy,p{number},{['train', 'val', 'test'][number // 2]},{number % 2}")
+    (tmp_path / "data" / "labels.csv").write_text("\n".join(lines) + "\n")
+    reading = RegisterConfig(
+        table=tmp_path / "data" / "labels.csv", group_column="pid", split_column="part", frames="all"
+    )
+    register(store_path, "slices", tmp_path / "data", reading)
+    extract(make_plan(Store(store_path), "slices", SetConfig(model="tiny", res="42"), RUN), RUN)
+    task = probes.task(Store(store_path)["slices", "tiny@42"], labels=["sick"])
+    task.arrays("train", "cls")
+    assert task.repeats["cls"] == (
+        "1 images with equal cls stand in more than one split and belong to 4 patients or more: taken for empty images"
+    )
+
+
+def test_a_copy_saved_again_is_refused(tmp_path: Path, store_path: Path) -> None:
+    """Other bytes, the same pixels: the files differ and the features do not."""
+    names = register_pictures(store_path, tmp_path / "data", 24).column("path")
+    with Image.open(tmp_path / "data" / names[20]) as image:
+        image.save(tmp_path / "data" / names[2], compress_level=1)
+    lines = ["path,pid,part,sick"]
+    lines += [
+        f"{name},p{row},{'train' if row < 12 else 'val' if row < 18 else 'test'},{row % 2}"
+        for row, name in enumerate(names)
+    ]
+    (tmp_path / "data" / "labels.csv").write_text("\n".join(lines) + "\n")
+    reading = RegisterConfig(table=tmp_path / "data" / "labels.csv", group_column="pid", split_column="part")
+    register(store_path, "copies", tmp_path / "data", reading)
+    extract(make_plan(Store(store_path), "copies", SetConfig(model="tiny", res="42"), RUN), RUN)
+    task = probes.task(Store(store_path)["copies", "tiny@42"], labels=["sick"])
+    with pytest.raises(LeakError, match="1 images with equal cls stand in more than one split"):
+        task.arrays("train", "cls")
+    with pytest.raises(LeakError, match="1 images with equal mean_patch"):
+        task.check_images("mean_patch")
+
+
+def test_equal_features_of_two_data_sets_are_refused(tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    columns: dict[str, list[Any]] = {
+        "part": ["train"] * 30 + ["val"] * 15 + ["test"] * 15,
+        "pid": [f"p{number}" for number in range(SIZE)],
+        "sick": [str(value) for value in np.arange(SIZE) % 2],
+    }
+    X, Y = random.standard_normal((2, SIZE, 32)).astype(np.float32)
+    Y[50] = X[3]
+    Y[2] = Y[55]  # within the other data set, of rows that are not used
+    write_set(tmp_path / "store", tmp_path / "x", columns, X, name="x", label_columns="sick")
+    write_set(tmp_path / "store", tmp_path / "y", columns, Y, name="y", label_columns="sick")
+    config = EvalConfig(dataset="x", labels="sick", features="cls", resamples=10)
+    reading = TaskConfig(test_dataset="y")
+    store = Store(tmp_path / "store")
+    with pytest.raises(LeakError, match=r"1 images with equal cls .*003.png \(train\) = 050.png \(test\)"):
+        evaluate_sets(store, "linear", config, LinearConfig(C="1"), reading=reading)
+    allowed = EvalConfig(dataset="x", labels="sick", features="cls", resamples=10, allow_leak=True)
+    (record,) = evaluate_sets(store, "linear", allowed, LinearConfig(C="1"), reading=reading)
+    assert any(note.startswith("leak allowed: 1 images with equal cls") for note in record["notes"])

@@ -313,11 +313,15 @@ def test_where_keeps_rows_and_their_classes(make_set: MakeSet) -> None:
     role = make_task(features, TaskSpec(name="t", labels=("view",), where=(("site", ("", "2")),))).role
     assert role[:2].tolist() == ["", "train"], "a blank cell is the empty text"
     with pytest.raises(
-        TaskError, match=r"no sample passes the filter .*; check the column's values with `featstore info x`"
+        TaskError,
+        match=r"no sample passes the filter view=ap\|pa; view has AP, LL, PA; check the column's values with "
+        "`featstore info x`",
     ):
-        probes.task(features, labels=["view"], where="view=ap")
-    with pytest.raises(TaskError, match="no sample passes"):
+        probes.task(features, labels=["view"], where="view=ap|pa")
+    with pytest.raises(TaskError, match=r"the filter site=None; site has \(blank\), 1, 2; check"):
         probes.task(features, labels=["view"], where="site=None")
+    with pytest.raises(TaskError, match=r"the filter id=none; id has 000.png, .*, 009.png and 6 more; check"):
+        probes.task(features, labels=["view"], where="id=none")
 
 
 def test_parse_where() -> None:

@@ -1,0 +1,378 @@
+"""All runs of one arm on one task: rates tried with the first seed, the choice repeated with the others.
+
+Every run has a folder of its own, so that the same request goes on where it was ended, and trains nothing twice.
+"""
+
+import io
+import json
+import logging
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from featstore import files
+from featstore.backbones import BackboneSource
+from featstore.backbones.trainable import Trainable, make_trainable
+from featstore.configs import RunConfig
+from featstore.errors import CorruptError, TaskError
+from featstore.extraction.backbone import load_for_set
+from featstore.extraction.stopping import Stop
+from probes.adapters import Adapted, adapt
+from probes.finetune_config import WorkConfig
+from probes.finetune_presets import Settled
+from probes.finetune_start import check_parity, linear_start
+from probes.finetune_tasks import refit_task
+from probes.selection import Fitted
+from probes.tasks import Task
+from probes.tuning_images import kind_of
+from probes.tuning_model import Tuned, make_head, start_head
+from probes.tuning_ranks import Team
+from probes.tuning_recipe import TuningRecipe
+from probes.tuning_run import LinearStart, TuningOptions, TuningResult, finetune
+
+COSTS, START, PARITY, ABOUT = "cost.json", "start.npz", "parity.json", "about.json"
+Rate = tuple[float, float | None]
+
+log = logging.getLogger(__name__)
+
+
+class Seeded(NamedTuple):
+    """One repetition: what evaluation scores, what it cost, where its weights are."""
+
+    seed: int
+    fitted: Fitted
+    cost: dict[str, Any]
+    weights: Path | None
+
+
+@dataclass
+class Arm:
+    """A network, what of it trains, and how; `root` holds its runs, `features` are what its head reads."""
+
+    source: BackboneSource
+    identity: dict[str, Any]
+    settled: Settled
+    features: str
+    work: WorkConfig
+    team: Team
+    root: Path
+    stop: Stop | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def trainable(self) -> Trainable:
+        """The network as it begins, in float32 on this process's device.
+
+        Raises:
+            ConfigError: one that cannot train, or not as is asked.
+        """
+        chosen = self.settled.values
+        run: RunConfig = self.work.run
+        backbone = load_for_set(self.source, {**self.identity, "compute_dtype": "float32"}, run, self.team.device)
+        return make_trainable(
+            backbone,
+            checkpointing=self.work.checkpointing,
+            drop_path=chosen["drop_path"],
+            augment_positions=chosen["stretch_positions"],
+        )
+
+    def adapted(self, seed: int) -> Adapted:
+        """The same with the method applied."""
+        return adapt(self.trainable(), self.settled.method, self.settled.adapter(seed), features=self.features)
+
+    def recipe(self, rate: Rate, seed: int) -> TuningRecipe:
+        """How one run is trained here."""
+        return self.settled.recipe(rate, seed, micro=self.work.micro)
+
+
+def fit_arm(arm: Arm, task: Task) -> list[Seeded]:
+    """Train every rate with the first seed, choose one on validation, and repeat it with the other seeds.
+
+    Raises:
+        TaskError: numbers or ranks, a split without both classes of any label, or a rate for which the loss left the
+            finite numbers where there is no other.
+        ConfigError: a network that cannot train so; bfloat16 that departs from float32.
+        Stopped: asked to end; the same call goes on.
+    """
+    kind_of(task)
+    start, started = _start(arm, task) if arm.settled.values["start"] == "linear" else (None, {})
+    options = TuningOptions(
+        features=arm.features,
+        start=start,
+        cache=arm.root.parent / "activations" if arm.work.from_cache else None,
+        cache_dtype="bfloat16" if arm.settled.precision == "bfloat16" else "float32",
+        shard=arm.work.shard,
+        export=False,
+    )
+    rates, seeds = arm.settled.rates, arm.settled.seeds
+    facts: dict[str, Any] = {"start": {"from": arm.settled.values["start"], **started}}
+    if arm.settled.precision == "bfloat16":
+        facts["parity"] = _parity(arm, task, start)
+    first = _Trials(arm, task, options, seeds[0])
+    for number, rate in enumerate(rates):
+        first.run(rate, f"run {number + 1} of {len(rates) + len(seeds) - 1}")
+    chosen = first.choose()
+    made = [first.finish(chosen, facts)]
+    for number, seed in enumerate(seeds[1:], start=len(rates) + 1):
+        trials = _Trials(arm, task, options, seed)
+        trials.run(chosen, f"run {number} of {len(rates) + len(seeds) - 1}")
+        made.append(trials.finish(chosen, facts))
+    return made
+
+
+class _Trials:
+    """The runs of one seed."""
+
+    def __init__(self, arm: Arm, task: Task, options: TuningOptions, seed: int) -> None:
+        self.arm, self.task, self.options, self.seed = arm, task, options, seed
+        self.folder = arm.root / f"seed{seed}"
+        self.tried: dict[Rate, TuningResult] = {}
+        self.costs: list[dict[str, Any]] = []
+        self.failed: dict[Rate, str] = {}
+
+    def run(self, rate: Rate, said: str) -> None:
+        """Train with a rate; one whose loss leaves the finite numbers is out, as long as there is another."""
+        log.info("%s: %s, seed %d", said, said_rate(rate), self.seed)
+        folder = self.folder / _name(rate)
+        try:
+            self.tried[rate] = self._train(self.task, rate, folder, self.options)
+        except TaskError as error:
+            if "finite" not in str(error):
+                raise
+            self.failed[rate] = str(error)
+
+    def _train(self, task: Task, rate: Rate, folder: Path, options: TuningOptions) -> TuningResult:
+        arm = self.arm
+        result = finetune(
+            task,
+            arm.adapted(self.seed),
+            arm.recipe(rate, self.seed),
+            folder,
+            options=options,
+            team=arm.team,
+            stop=arm.stop,
+        )
+        self.costs.append(_largest(result.cost, folder / COSTS, arm.team))
+        return result
+
+    def choose(self) -> Rate:
+        """The rate that validation prefers, the smallest of equals.
+
+        Raises:
+            TaskError: none gave finite numbers.
+        """
+        if not self.tried:
+            raise TaskError(f"at every rate {next(iter(self.failed.values()))}")
+        return max(self.tried, key=lambda rate: (self.tried[rate].progress.best, -rate[0], -(rate[1] or 0)))
+
+    def finish(self, rate: Rate, facts: dict[str, Any]) -> Seeded:
+        """The chosen run, its weights written; trained again on train and val where that is asked."""
+        if rate not in self.tried:
+            raise TaskError(f"with seed {self.seed}: {self.failed[rate]}")
+        arm, chosen = self.arm, self.tried[rate]
+        export = TuningOptions(
+            **{name: getattr(self.options, name) for name in ("features", "start", "cache", "cache_dtype", "shard")}
+        )
+        refit = bool(arm.settled.values["refit"])
+        if refit:
+            log.info("training on train and val with %s, seed %d", said_rate(rate), self.seed)
+            final = self._refit(rate, export)
+        else:
+            # The run is finished: its weights are read and written, nothing is trained.
+            final = self._export(rate, export)
+        place = None if final.weights is None else str(final.weights)
+        choices = self._choices(rate, chosen, final) | facts | {"weights": place}
+        self._about(choices, self.folder / ("refit-" * refit + _name(rate)))
+        notes = list(dict.fromkeys([*arm.notes, *chosen.notes, *self._notes(rate)]))
+        if refit:
+            notes.append("trained again on train and val with what validation chose; val shows the run before that")
+        fitted = Fitted(
+            chosen.val_scores,
+            final.test_scores,
+            choices,
+            final.num_trainable,
+            tuple(notes),
+        )
+        return Seeded(self.seed, fitted, self._cost(chosen), final.weights)
+
+    def _export(self, rate: Rate, export: TuningOptions) -> TuningResult:
+        costs = list(self.costs)
+        final = self._train(self.task, rate, self.folder / _name(rate), export)
+        self.costs = costs  # loading is no training
+        return final
+
+    def _refit(self, rate: Rate, export: TuningOptions) -> TuningResult:
+        arm, held = self.arm, self.arm.settled
+        values = {**held.values, "keep": "last", "patience": 0}
+        arm.settled = Settled(**{**held.__dict__, "values": values})
+        try:
+            return self._train(refit_task(self.task), rate, self.folder / f"refit-{_name(rate)}", export)
+        finally:
+            arm.settled = held
+
+    def _choices(self, rate: Rate, chosen: TuningResult, final: TuningResult) -> dict[str, Any]:
+        arm, values = self.arm, self.arm.settled.values
+        rates, seeds = arm.settled.rates, arm.settled.seeds
+        edge = len(rates) > 1 and _at_edge(rate, rates)
+        epoch = chosen.progress.chosen
+        return {
+            "said": f"{said_rate(rate)}, epoch {epoch}" + ("*" if edge else ""),
+            "method": arm.settled.method,
+            "preset": arm.settled.preset.name,
+            "lr": rate[0],
+            "head_lr": rate[0] if rate[1] is None else rate[1],
+            "epoch": epoch,
+            "at_edge": edge,
+            "tried": {said_rate(each): _tried(result) for each, result in self.tried.items()}
+            | {said_rate(each): {"failed": why} for each, why in self.failed.items()},
+            "rates_chosen_with_seed": seeds[0],
+            "budget": {
+                "configurations": len(rates),
+                "seeds": len(seeds),
+                "epochs": values["epochs"],
+                "augmentation": describe_augmentation(values),
+                "selection": f"validation {values['keep']}",
+            },
+            "training": final.settings,
+            "history": chosen.history,
+            "protocol_deviations": list(arm.settled.deviations),
+        }
+
+    def _notes(self, rate: Rate) -> list[str]:
+        notes = []
+        if self.failed:
+            notes.append(f"training left the finite numbers at {'; '.join(map(said_rate, self.failed))}")
+        if self.seed != self.arm.settled.seeds[0]:
+            notes.append(f"learning rates were chosen with seed {self.arm.settled.seeds[0]} for all seeds")
+        return notes
+
+    def _cost(self, chosen: TuningResult) -> dict[str, Any]:
+        """What all runs of this seed took; images/s are those of the chosen one, validation included."""
+        total = {name: round(sum(cost[name] for cost in self.costs), 3) for name in ("seconds", "gpu_seconds")}
+        largest = {
+            name: max(cost[name] for cost in self.costs) for name in ("peak_memory_bytes", "peak_gpu_memory_bytes")
+        }
+        return {
+            **total,
+            **largest,
+            "trainable_parameters": chosen.num_trainable,
+            "images_per_second": chosen.cost["images_per_second"],
+            "processes": chosen.cost["processes"],
+            "runs": len(self.costs),
+        }
+
+    def _about(self, choices: dict[str, Any], folder: Path) -> None:
+        """Beside the weights, what they are."""
+        arm = self.arm
+        if not arm.team.writes:
+            return
+        said = {
+            "model": arm.source.model,
+            "started_from": {**arm.source.weights, "random": arm.source.random},
+            "identity": arm.identity,
+            "features": arm.features,
+            "labels": list(self.task.labels),
+            "options": arm.settled.options(self.seed),
+            "chosen": {name: choices[name] for name in ("lr", "head_lr", "epoch")},
+        }
+        files.write_atomic(folder / ABOUT, json.dumps(said, indent=1, default=str).encode())
+
+
+def _tried(result: TuningResult) -> dict[str, Any]:
+    progress = result.progress
+    found: dict[str, Any] = {
+        "epoch": progress.chosen,
+        "epochs": progress.epoch,
+        "val_loss": progress.val_loss[progress.chosen - 1],
+    }
+    if progress.val_quality:
+        found["val_auroc"] = progress.val_quality[progress.chosen - 1]
+    return found
+
+
+def _at_edge(rate: Rate, rates: list[Rate]) -> bool:
+    lrs, heads = {each[0] for each in rates}, {each[1] for each in rates if each[1] is not None}
+    lr_edge = len(lrs) > 1 and rate[0] in (min(lrs), max(lrs))
+    return lr_edge or (len(heads) > 1 and rate[1] in (min(heads), max(heads)))
+
+
+def said_rate(rate: Rate) -> str:
+    """`lr=1e-05`, with the head's where it has its own."""
+    return f"lr={rate[0]:g}" + (f", head lr={rate[1]:g}" if rate[1] is not None else "")
+
+
+def _name(rate: Rate) -> str:
+    return f"lr{rate[0]:g}" + (f"-head{rate[1]:g}" if rate[1] is not None else "")
+
+
+def describe_augmentation(values: dict[str, Any]) -> str:
+    """What is done to training images, in words; `none` where nothing is."""
+    parts = [f"mirrored ({values['flip']})"] if values["flip"] != "off" else []
+    parts += [f"turned by up to {values['degrees']:g} degrees"] if values["degrees"] else []
+    parts += [f"crops of {values['crop']} of the area"] if values["crop"] != "off" else []
+    return ", ".join(parts) or "none"
+
+
+def _largest(cost: dict[str, Any], path: Path, team: Team) -> dict[str, Any]:
+    """The cost of a run with the largest memory that any of its attempts took."""
+    names = ("peak_memory_bytes", "peak_gpu_memory_bytes")
+    held = json.loads(path.read_bytes()) if path.is_file() else {}
+    found = cost | {name: max(cost[name], held.get(name, 0)) for name in names}
+    if team.writes:
+        files.write_atomic(path, json.dumps({name: found[name] for name in names}).encode())
+    return found
+
+
+def _start(arm: Arm, task: Task) -> tuple[LinearStart, dict[str, Any]]:
+    """The linear probe that heads start from, kept for the runs that go on."""
+    path = arm.root / START
+    if path.is_file():
+        try:
+            with np.load(io.BytesIO(path.read_bytes())) as held:
+                arrays = {name: held[name] for name in ("weight", "bias", "mean", "scale")}
+                facts = json.loads(str(held["facts"]))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise CorruptError(f"{path} is damaged; remove it, and the head's start is fitted again") from error
+        arm.team.wait()
+        return LinearStart(**arrays), facts
+    log.info("fitting the linear probe that the head starts from")
+    batch = arm.work.micro or arm.settled.values["batch"]
+    start, facts = linear_start(
+        task, arm.trainable(), arm.features, arm.team, batch=batch, class_weight=arm.settled.values["class_weight"]
+    )
+    arm.team.wait()  # before one of them writes what the others look for
+    if arm.team.writes:
+        sink = io.BytesIO()
+        arrays = {"weight": start.weight, "bias": start.bias, "mean": start.mean, "scale": start.scale}
+        held = {name: np.asarray(value) for name, value in arrays.items()}
+        np.savez(sink, allow_pickle=False, facts=np.array(json.dumps(facts)), **held)
+        files.make_folder(arm.root)
+        files.write_atomic(path, sink.getvalue())
+    arm.team.wait()
+    return start, facts
+
+
+def _parity(arm: Arm, task: Task, start: LinearStart | None) -> dict[str, Any]:
+    """That bfloat16 gives what float32 gives; once for an arm."""
+    path = arm.root / PARITY
+    if path.is_file():
+        found: dict[str, Any] = files.unseal(path.read_bytes(), path)
+        return found
+    log.info("checking bfloat16 against float32")
+    rate = arm.settled.rates[-1]
+
+    def make(precision: str) -> Tuned:
+        adapted = arm.adapted(arm.settled.train_seed)
+        head = make_head(adapted, arm.features, len(task.labels), arm.settled.train_seed)
+        if start is not None:
+            start_head(head, start.weight, start.bias, start.mean, start.scale)
+        return Tuned(adapted, arm.features, head, precision)  # type: ignore[arg-type]
+
+    facts = check_parity(task, make, arm.recipe(rate, arm.settled.train_seed), arm.root / "parity", arm.team)
+    facts["lr"] = rate[0]
+    if arm.team.writes:
+        files.write_atomic(path, files.sealed(facts))
+    arm.team.wait()
+    return facts

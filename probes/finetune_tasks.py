@@ -1,0 +1,53 @@
+"""Tasks whose validation rows are trained on too, once they have chosen (`--refit`)."""
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from featstore import files
+from probes.cross import CrossTask
+from probes.tasks import Task
+
+
+@dataclass(frozen=True)
+class RefitTask(Task):
+    """A task with validation rows among those that train; validation is as before, and says nothing any more."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Another one than the task's own."""
+        return files.digest([Task(**_values(self)).digest, "train and val"])
+
+    def index(self, split: str) -> Int[np.ndarray, " n"]:
+        """Manifest rows of a split."""
+        found = super().index(split)
+        return np.union1d(found, super().index("val")) if split == "train" else found
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitCrossTask(CrossTask):
+    """The same of a task that is tested on another data set."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Another one than the task's own."""
+        return files.digest([CrossTask(**_values(self), target=self.target).digest, "train and val"])
+
+    def index(self, split: str) -> Int[np.ndarray, " n"]:
+        """Manifest rows of a split."""
+        found = super().index(split)
+        return np.union1d(found, super().index("val")) if split == "train" else found
+
+
+def _values(task: Task) -> dict[str, Any]:
+    return {item.name: getattr(task, item.name) for item in fields(Task)}
+
+
+def refit_task(task: Task) -> Task:
+    """The task to train the choice on again."""
+    if isinstance(task, CrossTask):
+        return RefitCrossTask(**_values(task), target=task.target)
+    return RefitTask(**_values(task))

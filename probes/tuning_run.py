@@ -1,0 +1,247 @@
+"""One fine-tuning run from a task on images to scores, costs and weights that `featstore extract` reads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+
+from featstore import files
+from featstore.backbones.exporting import describe_folder, hub_tensors, write_weights
+from featstore.errors import ConfigError
+from featstore.extraction.stopping import Stop
+from featstore.records import peak_memory_bytes
+from probes.adapters import Adapted
+from probes.roles import SPLITS
+from probes.selection import check_two_classes, macro_quality
+from probes.tasks import Task
+from probes.training import balance
+from probes.tuning_augment import Augmenter
+from probes.tuning_feed import Feed, PixelFeed, cache_activations
+from probes.tuning_images import Split, kind_of, pool_note, pool_scores, split_images
+from probes.tuning_loop import Data, Run
+from probes.tuning_model import Tuned, make_head, start_head
+from probes.tuning_ranks import Team, should_shard, whole
+from probes.tuning_recipe import Precision, TuningRecipe
+from probes.tuning_state import Checkpoints, Progress
+
+CHECKPOINTS, MODEL, HEAD, ADAPTERS = "checkpoints", "model.safetensors", "head.safetensors", "adapters.safetensors"
+LIVE = "live.safetensors"  # of an own network
+
+
+@dataclass(frozen=True, slots=True)
+class LinearStart:
+    """A fitted linear probe that the head starts from: scores are weight @ ((x - mean) / scale) + bias."""
+
+    weight: Float[np.ndarray, "L D"]
+    bias: Float[np.ndarray, " L"]
+    mean: Float[np.ndarray, " D"] | None = None
+    scale: Float[np.ndarray, " D"] | None = None
+
+    @property
+    def digest(self) -> str:
+        """Changes with every number."""
+        arrays = (self.weight, self.bias, self.mean, self.scale)
+        return files.digest([None if array is None else files.digest(array.tobytes()) for array in arrays])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuningOptions:
+    """What does not belong to the recipe. `start`: what the head starts from; without one small random weights.
+
+    `cache`: folder of activations behind the last frozen block, made where they are not there, in `cache_dtype`.
+    `shard`: cut the network over the processes (FSDP2); None: from a billion parameters on. `export`: write weights.
+    """
+
+    features: str
+    start: LinearStart | None = None
+    cache: Path | None = None
+    cache_dtype: Precision = "float32"
+    shard: bool | None = None
+    export: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TuningResult:
+    """What a run leaves for a record; scores are probabilities of what is counted, images of a unit pooled.
+
+    `weights` is what `featstore extract --weights` takes, None where none were asked for.
+    """
+
+    val_scores: Float64[np.ndarray, "V L"]
+    test_scores: Float64[np.ndarray, "T L"]
+    progress: Progress
+    num_trainable: int
+    cost: dict[str, Any]
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+    weights: Path | None
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """Losses (and macro AUROC, where it chooses) of every epoch."""
+        held = self.progress
+        found = {"train_loss": held.train_loss, "val_loss": held.val_loss}
+        return found | ({"val_auroc": held.val_quality} if held.val_quality else {})
+
+
+def finetune(
+    task: Task,
+    adapted: Adapted,
+    recipe: TuningRecipe,
+    folder: Path,
+    *,
+    options: TuningOptions,
+    team: Team | None = None,
+    stop: Stop | None = None,
+) -> TuningResult:
+    """Train a network with a method applied on a task's images; choose the epoch on validation, score the test once.
+
+    `folder` is this run's own: the same call goes on from what is kept there.
+
+    Raises:
+        TaskError: a split without both classes of any label, or a loss that left the finite numbers.
+        ConfigError: options that exclude each other, or a folder of another run.
+        Stopped: it was asked to end, and kept a checkpoint.
+    """
+    team = team or Team(str(adapted.trainable.device))
+    kind = kind_of(task)
+    splits = {split: split_images(task, split) for split in SPLITS}
+    for split, held in splits.items():
+        check_two_classes(task, split, held.y, held.mask)
+    shard = should_shard(options.shard, adapted.trainable, team.world)
+    augmenter = Augmenter(recipe.augment, task.labels, recipe.seed)
+    if options.cache is not None and augmenter.changes:
+        raise ConfigError("--from-cache keeps images as they are; leave augmentation out (flip, degrees, crop)")
+    if options.cache is not None and shard:
+        raise ConfigError("--from-cache needs the network whole on every device; leave sharding out")
+    model = _make_model(task, adapted, recipe, options)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    feeds = _feeds(model, splits, team, recipe, options, augmenter)
+    weight = balance(kind, splits["train"].y, splits["train"].mask, len(task.labels)) if recipe.class_weight else None
+    truth = task.truth("val")
+
+    def quality(scores: Float64[np.ndarray, "V L"]) -> float:
+        return macro_quality(task, pool_scores(task, "val", scores), truth)
+
+    data = Data(kind, splits["train"], splits["val"], feeds, quality, weight, augmenter)
+    identity = _identity(task, adapted, recipe, options)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, identity, writes=team.writes)
+    run = Run(model, data, recipe, team, checkpoints, stop, shard)
+    progress = run.train()
+    scores = {
+        split: pool_scores(task, split, run.scores(splits[split], feeds[split])).astype(np.float64)
+        for split in ("val", "test")
+    }
+    cost = _cost(model, progress, team)
+    weights = export(model, folder, team) if options.export else None
+    return TuningResult(
+        scores["val"],
+        scores["test"],
+        progress,
+        model.num_trainable(),
+        cost,
+        {"recipe": recipe.as_dict(), "method": adapted.method, "adapter": adapted.settings, "sharded": shard},
+        (*adapted.notes, *augmenter.notes, *pool_note(task), *_notes(model, progress, recipe, team)),
+        weights,
+    )
+
+
+def _make_model(task: Task, adapted: Adapted, recipe: TuningRecipe, options: TuningOptions) -> Tuned:
+    head = make_head(adapted, options.features, len(task.labels), recipe.seed)
+    if options.start is not None:
+        start_head(head, options.start.weight, options.start.bias, options.start.mean, options.start.scale)
+    return Tuned(adapted, options.features, head, recipe.precision)
+
+
+def _feeds(
+    model: Tuned,
+    splits: dict[str, Split],
+    team: Team,
+    recipe: TuningRecipe,
+    options: TuningOptions,
+    augmenter: Augmenter,
+) -> dict[str, Feed]:
+    if options.cache is not None:
+        size = recipe.micro or recipe.batch
+        return cache_activations(model, splits, team, options.cache, batch=size, dtype=options.cache_dtype)
+    return {
+        split: PixelFeed(held, team.device, augmenter if split == "train" else None) for split, held in splits.items()
+    }
+
+
+def _identity(task: Task, adapted: Adapted, recipe: TuningRecipe, options: TuningOptions) -> dict[str, Any]:
+    """What decides about the result beyond rounding: another one is another run."""
+    spec = task.features.spec
+    return {
+        "recipe": recipe.identity(),
+        "task": task.digest,
+        "test": task.test_key,
+        "failed": files.digest(sorted(task.features.failures)),
+        "weights": spec["identity"]["weights"],
+        "architecture": adapted.trainable.architecture.as_dict(),
+        "pos_interp": spec["identity"]["pos_interp"],
+        "preprocess": spec["identity"]["preprocess"],
+        "features": options.features,
+        "method": adapted.method,
+        "adapter": adapted.settings,
+        "head": None if options.start is None else options.start.digest,
+        "cache": None if options.cache is None else options.cache_dtype,
+    }
+
+
+def _cost(model: Tuned, progress: Progress, team: Team) -> dict[str, Any]:
+    cuda = team.device.startswith("cuda")
+    return {
+        "trainable_parameters": model.num_trainable(),
+        "seconds": round(progress.seconds, 3),
+        "gpu_seconds": round(progress.seconds * team.world, 3) if cuda else 0.0,
+        "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 3),
+        "peak_memory_bytes": max(team.objects(peak_memory_bytes())),
+        "peak_gpu_memory_bytes": max(team.objects(torch.cuda.max_memory_allocated(team.device))) if cuda else 0,
+        "processes": team.world,
+    }
+
+
+def _notes(model: Tuned, progress: Progress, recipe: TuningRecipe, team: Team) -> list[str]:
+    found = []
+    if progress.chosen == recipe.epochs and recipe.epochs > 1:
+        found.append(f"the best epoch is the last of {recipe.epochs}: more epochs could be better")
+    if progress.diverged:
+        found.append(f"training left the finite numbers in epoch {progress.epoch + 1}; epoch {progress.chosen} is kept")
+    if progress.resumed:
+        found.append(f"went on {progress.resumed} times from a checkpoint")
+    if model.trainable.batch_norm == "train" and (team.world > 1 or recipe.micro is not None):
+        found.append("batch norms take the statistics of each process's part of a batch, which changes with its size")
+    return found
+
+
+def export(model: Tuned, folder: Path, team: Team) -> Path | None:
+    """Write the head, the adapters of LoRA, and the whole network as the hub has it; a call of all processes.
+
+    Returns what `featstore extract --weights` takes: the folder, or the file where the hub has no `config.json` for the
+    family; None for an own network, which reads its weights itself (its state is written by live names).
+    """
+    adapted, family = model.adapted, model.trainable.family
+    live = {name: whole(value.detach()).cpu() for name, value in adapted.live_state().items()}
+    own = model.snapshot()
+    facts = model.trainable.architecture
+    texts = {} if family is None else describe_folder(facts, family)
+    if team.writes:
+        head = {name: value for name, value in own.items() if name.startswith("head.")}
+        write_weights(folder / HEAD, head)
+        if adapted.method == "lora":
+            write_weights(folder / ADAPTERS, {name: value for name, value in own.items() if name not in head})
+        for name, text in texts.items():
+            files.write_atomic(folder / name, text.encode())
+        if family is None:
+            write_weights(folder / LIVE, live)
+        else:
+            write_weights(folder / MODEL, hub_tensors(live, model.trainable.network, facts, family))
+    team.wait()
+    if family is None:
+        return None
+    return folder if texts else folder / MODEL

@@ -1,0 +1,200 @@
+"""Checkpoints of a run that trains: tensors as safetensors, all else as sealed JSON; whole or absent, never pickled.
+
+`state.json` names the files that belong together, and replacing it is what commits a checkpoint: a kill at any moment
+leaves the one before. Kept are the last one and the weights of the best epoch.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+from jaxtyping import Shaped
+from torch import Tensor
+
+from featstore import files
+from featstore.errors import ConfigError, CorruptError
+
+STATE = "state.json"
+LAST, BEST = "last-", "best-"  # begin the names of the files of tensors
+SCHEMA = 1
+PIECE = 8 * 2**20
+
+
+@dataclass
+class Progress:
+    """Where a run is and what it has measured.
+
+    `epoch` counts those that are finished, with their validation; `step` the steps of the one after. `total` is the sum
+    of the losses of that epoch so far and `weight` what it is to be divided by. `best` is what is maximised, `chosen`
+    the epoch it belongs to, from 1. `seconds`, `images` and `steps` are of all attempts together.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    total: float = 0.0
+    weight: float = 0.0
+    train_loss: list[float] = field(default_factory=list)
+    val_loss: list[float] = field(default_factory=list)
+    val_quality: list[float | None] = field(default_factory=list)
+    best: list[float] = field(default_factory=list)
+    chosen: int = 0
+    diverged: bool = False
+    finished: bool = False
+    seconds: float = 0.0
+    images: int = 0
+    resumed: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one run in a folder of its own; `identity` is what makes it this run and no other.
+
+    One process writes (`writes`); all may read.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], *, writes: bool = True) -> None:
+        self.folder, self.identity, self.writes = folder, identity, writes
+        self._files: dict[str, dict[str, Any]] = {}
+
+    def open(self) -> Progress | None:
+        """Where the run in this folder is; None where nothing is kept.
+
+        Raises:
+            ConfigError: it is another run.
+            CorruptError: damaged.
+        """
+        path = self.folder / STATE
+        if not path.is_file():
+            return None
+        body = files.unseal(path.read_bytes(), path)
+        if body["schema"] != SCHEMA:
+            raise ConfigError(f"{path} was written by another version; remove {self.folder} or give another folder")
+        if different := _differences(body["identity"], self.identity):
+            raise ConfigError(
+                f"{self.folder} holds the checkpoint of another run: {'; '.join(different[:4])}"
+                f"{f'; and {len(different) - 4} more' if len(different) > 4 else ''}; give the same options and data, "
+                "or another folder"
+            )
+        self._files = body["files"]
+        known = {each.name for each in fields(Progress)}
+        return Progress(**{name: value for name, value in body["progress"].items() if name in known})
+
+    def save(
+        self,
+        progress: Progress,
+        last: Mapping[str, Shaped[Tensor, "..."]] | None,
+        best: Mapping[str, Shaped[Tensor, "..."]] | None = None,
+    ) -> None:
+        """Commit a checkpoint: where the run is, its tensors (None: as before), and those of a new best epoch.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        if not self.writes:
+            return
+        with files.writing(self.folder):
+            files.make_folder(self.folder)
+        for kind, tensors in ((BEST, best), (LAST, last)):
+            if tensors is not None:
+                name = f"{kind}{progress.epoch:05d}-{progress.step:07d}.safetensors"
+                if self._files.get(kind, {}).get("name") == name:  # never in the place of what is committed
+                    name = name.replace(".safetensors", f"-{progress.resumed}.safetensors")
+                self._files = {**self._files, kind: _write(self.folder / name, tensors)}
+        if progress.finished:
+            self._files.pop(LAST, None)
+        body = {
+            "schema": SCHEMA,
+            "identity": self.identity,
+            "progress": asdict(progress),
+            "random": "numbers of a step follow from (seed, epoch, step, rank); no generator is kept",
+            "files": self._files,
+        }
+        files.write_atomic(self.folder / STATE, files.sealed(body))
+        self._prune()
+
+    def last(self) -> dict[str, Shaped[Tensor, "..."]]:
+        """Tensors of the last checkpoint.
+
+        Raises:
+            CorruptError: damaged or absent.
+        """
+        return self._read(LAST)
+
+    def best(self) -> dict[str, Shaped[Tensor, "..."]] | None:
+        """Tensors of the best epoch; None before the first.
+
+        Raises:
+            CorruptError: damaged or absent.
+        """
+        return self._read(BEST) if BEST in self._files else None
+
+    def reread(self) -> None:
+        """Learn what the process that writes has committed."""
+        if not self.writes:
+            self.open()
+
+    def _read(self, kind: str) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        held = self._files.get(kind)
+        path = self.folder / (held["name"] if held else f"{kind}?")
+        if held is None or not path.is_file() or _checksum(path) != (held["bytes"], held["crc32c"]):
+            raise CorruptError(
+                f"{path}: this part of the checkpoint is missing or damaged; restore it from a copy, or remove "
+                f"{self.folder} and begin anew"
+            )
+        return load_file(path)
+
+    def _prune(self) -> None:
+        """Remove what no checkpoint names any more, and what a kill has left half."""
+        named = {held["name"] for held in self._files.values()}
+        for path in self.folder.iterdir():
+            half = path.name.endswith(".partial")
+            old = path.suffix == ".safetensors" and path.name.startswith((LAST, BEST)) and path.name not in named
+            if old or (half and files.is_dead(path.name)):
+                path.unlink(missing_ok=True)
+
+
+def _differences(held: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted(held.keys() | given.keys()):
+        before, now = held.get(name), given.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += _differences(before, now, f"{prefix}{name}.")
+        elif files.canonical_json(before) != files.canonical_json(now):
+            found.append(f"{prefix}{name} {_short(before)} there, {_short(now)} here")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write tensors beside, sync, rename; returns what the checkpoint says about the file."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f"{path.name}.{files.own_name()}.partial")
+    with files.writing(path):
+        try:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+            with open(temporary, "rb") as file:
+                files.sync(file.fileno(), path)
+            size, checksum = _checksum(temporary)
+            os.replace(temporary, path)
+        except Exception:
+            temporary.unlink(missing_ok=True)
+            raise
+        files.sync_folder(path.parent)
+    return {"name": path.name, "bytes": size, "crc32c": checksum}
+
+
+def _checksum(path: Path) -> tuple[int, str]:
+    total, size = 0, 0
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            total, size = google_crc32c.extend(total, piece), size + len(piece)
+    return size, f"{total:08x}"
