@@ -147,7 +147,7 @@ print(failures, pieces.size)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no table of this process's memory")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_process_short_of_memory_gets_pieces_or_advice(dtype: str) -> None:
     """Whichever of torch's allocator and oneDNN finds out, under limits from none at all to a batch's."""
     done = subprocess.run(

@@ -48,6 +48,7 @@ def test_floors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench.against_full({**costs, "full": {"failed": "memory"}}) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so() -> None:
     done = run()

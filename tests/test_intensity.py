@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import example as with_example
 from hypothesis import strategies as st
 from image_files import smooth
@@ -92,7 +92,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(st.lists(STEPS | st.sampled_from(["minmax", "equalise", "clahe"]), min_size=1, max_size=3).map("+".join))
 @with_example("window:0.5/0.0125")
 @with_example("window:999999999/999999999")

@@ -59,7 +59,16 @@ def test_constraints_are_names_and_versions_only() -> None:
     assert "torch==2.13.0" in lines
 
 
-@pytest.mark.parametrize("name", ["extract", "decode", "store", "probes", "precision"])
+SLOW = ("decode", "store", "suite")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in ("extract", "decode", "store", "probes", "precision", "suite")
+    ],
+)
 def test_benchmarks_run(name: str, tmp_path: Path) -> None:
     call = [sys.executable, str(ROOT / "benchmarks" / f"bench_{name}.py"), "--quick", "--output", str(tmp_path)]
     done = subprocess.run(call, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})

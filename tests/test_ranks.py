@@ -73,6 +73,7 @@ def blocks_done(store: Path) -> int:
     return sum(json.loads(path.read_text())["summary"]["blocks"] for path in folder_of(store).glob("runs/*.json"))
 
 
+@pytest.mark.slow
 def test_torchrun_makes_the_set_of_one_process(tmp_path: Path) -> None:
     before = expected(tmp_path / "one", tmp_path / "same", 100)
     register_pictures(tmp_path / "two", tmp_path / "data", 100)
