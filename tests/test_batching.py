@@ -147,7 +147,8 @@ print(failures, pieces.size)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no table of this process's memory")
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_process_short_of_memory_gets_pieces_or_advice(dtype: str) -> None:
     """Whichever of torch's allocator and oneDNN finds out, under limits from none at all to a batch's."""
     done = subprocess.run(
@@ -234,6 +235,7 @@ def test_a_run_out_of_memory_goes_on_in_pieces(tmp_path: Path, store_path: Path,
     assert facts["how"]["device_name"]
 
 
+@pytest.mark.slow
 def test_nothing_is_committed_where_one_image_does_not_fit(tmp_path: Path, store_path: Path) -> None:
     register_pictures(store_path, tmp_path / "data", 4)
     run = RunConfig(device="cpu")

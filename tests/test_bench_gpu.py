@@ -28,6 +28,7 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(call, capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.mark.slow
 def test_the_gpu_part_runs_on_a_cpu(tmp_path: Path) -> None:
     done = run("--gpu", "--device", "cpu", "--quick", "--seconds", "0.05", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -59,7 +59,7 @@ def test_constraints_are_names_and_versions_only() -> None:
     assert "torch==2.13.0" in lines
 
 
-SLOW = ("decode", "store", "suite")
+SLOW = ("decode", "extract", "store", "suite")
 
 
 @pytest.mark.parametrize(

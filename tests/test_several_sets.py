@@ -159,6 +159,7 @@ def test_a_decoded_cache_serves_all_sets(tmp_path: Path, store_path: Path, decod
     assert {name: found[name] for name in expected} == expected
 
 
+@pytest.mark.slow
 def test_the_command_takes_lists(tmp_path: Path, store_path: Path) -> None:
     register_pictures(store_path, tmp_path / "data", 20)
     log = tmp_path / "log.jsonl"

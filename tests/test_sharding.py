@@ -78,6 +78,7 @@ def record(function: Any) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     config = transformers.DINOv3ViTConfig(**{**SMALL_DINOV3, "hidden_size": 40, "intermediate_size": 45})
     transformers.DINOv3ViTModel(config).save_pretrained(tmp_path / "network")

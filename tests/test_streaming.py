@@ -245,6 +245,7 @@ def small_network() -> Any:
     return load(source, "stream")
 
 
+@pytest.mark.slow
 def test_peak_is_two_blocks(tmp_path: Path) -> None:
     """As the system measures it over a whole process; mapped pages of files would count."""
     family = find_family("dinov3_vit")

@@ -280,6 +280,7 @@ def test_a_set_from_the_store(tmp_path: Path) -> None:
     same(as_torch(found), fs.load())
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs() -> None:
     command = [sys.executable, str(ROOT / "benchmarks/bench_loader.py"), "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
