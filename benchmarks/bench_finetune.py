@@ -1,44 +1,30 @@
-"""What a step of fine-tuning costs by method, and what cached activations save where the last blocks alone train.
+"""What a step of fine-tuning costs by method.
 
 On a GPU: networks of random weights, AdamW, batch 32, bfloat16 autocast over float32 weights, no checkpointing; the
 median of steps after warm-up and the largest memory that was allocated. Floors, for DINOv2-g at 224: LoRA and BitFit at
-least 1.3 times as fast as full, and at most 0.6 of its memory. `--cached` runs on a CPU: the last 2 of 12 blocks with
-and without kept activations, through the whole loop; at least 3 times faster per epoch with the same losses.
+least 1.3 times as fast as full, and at most 0.6 of its memory. What cached activations save is `bench_activations.py`.
 """
 
 import argparse
 import gc
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from harness import parser, report
-from PIL import Image
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from featstore.backbones import describe
 from featstore.backbones.trainable import make_trainable
-from featstore.configs import RegisterConfig, RunConfig, SetConfig
-from featstore.extraction.plan import make_plan
-from featstore.register import register
-from featstore.store.catalog import Store
 from probes.adapters import adapt
-from probes.tasks import Task
-from probes.taskspec import TaskSpec
-from probes.tuning_images import ImageSet, make_image_task
 from probes.tuning_model import Tuned, make_head, make_optimizer
-from probes.tuning_recipe import Optimisation, TuningRecipe
-from probes.tuning_run import TuningOptions, finetune
+from probes.tuning_recipe import Optimisation
 
 METHODS = ("full", "lora", "bitfit")
 CASES = (("dinov3-base", 512), ("dinov2-giant", 224))
 QUICK = (("tiny", 42),)
 FLOORS = {"speed": 1.3, "memory": 0.6}
-FLOOR_CACHED = 3.0
 LABELS = 14
 
 
@@ -112,69 +98,17 @@ def against_full(costs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def make_task(root: Path, count: int, size: int, model: str) -> Task:
-    """A task on `count` noisy pictures, half of them brighter on one side."""
-    (root / "data").mkdir()
-    lines = ["path,split,bright"]
-    for number in range(count):
-        pixels = np.random.default_rng(number).integers(0, 150, (size, size), dtype=np.uint8)
-        pixels[:, : size // 2] += np.uint8(40 * (number % 2))
-        Image.fromarray(pixels).save(root / "data" / f"{number:04d}.png")
-        lines.append(f"{number:04d}.png,{('train', 'train', 'train', 'val', 'test')[number % 5]},{number % 2}")
-    (root / "data" / "table.csv").write_text("\n".join(lines) + "\n")
-    register(
-        root / "store", "x", root / "data",
-        RegisterConfig(table=Path("table.csv"), split_column="split", label_columns="bright"),
-    )  # fmt: skip
-    run = RunConfig(device="cpu", workers=1)
-    config = SetConfig(model=model, res=str(size), random_weights=0, compute_dtype="float32")
-    images = ImageSet(make_plan(Store(root / "store"), "x", config, run), run)
-    return make_image_task(images, TaskSpec(name="bright", labels=("bright",)))
-
-
-def cached_epochs(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of an epoch of the last 2 blocks with and without kept activations; how far their losses lie apart."""
-    model, count, size, epochs = ("tiny", 30, 42, 1) if options.quick else ("dinov2-small", 480, 98, 2)
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        task = make_task(root, count, size, model)
-        recipe = TuningRecipe(epochs=epochs, batch=16, optimisation=Optimisation(lr=1e-4, head_lr=1e-2))
-        results = {}
-        for way, cache in (("images", None), ("cached", root / "cache")):
-            backbone = task.features.plan.source.load(device="cpu", compute_dtype="float32")  # type: ignore[attr-defined]
-            adapted = adapt(make_trainable(backbone), "last-k", features="cls")
-            results[way] = finetune(
-                task, adapted, recipe, root / way, options=TuningOptions(features="cls", cache=cache, export=False)
-            )
-    seconds = {way: result.progress.seconds / epochs for way, result in results.items()}
-    losses = [np.array(result.history["train_loss"]) for result in results.values()]
-    speed = seconds["images"] / seconds["cached"]
-    return {
-        "model": f"{model} {size}",
-        "epoch_seconds": seconds,
-        "speed": speed,
-        "loss_gap": float(np.abs(losses[0] - losses[1]).max()),
-        "held": speed >= FLOOR_CACHED,
-    }
-
-
 def main() -> None:
     """Parse, measure, report."""
     made = parser(__doc__ or "")
     made.add_argument("--device", default="cuda", help="cuda, or with --quick cpu")
     made.add_argument("--batch", type=int, default=32)
     made.add_argument("--steps", type=int, default=20, help="steps that are timed")
-    made.add_argument("--cached", action="store_true", help="measure cached activations, on a CPU")
     options = made.parse_args()
-    if options.cached:
-        report("finetune-cached", options, cached_epochs(options))
-        return
     if options.device == "cpu" and not options.quick:
-        made.error("--device cpu is for --quick or --cached alone")
+        made.error("--device cpu is for --quick alone")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
-        print(
-            "no CUDA device here: nothing measured; --cached measures on a CPU, and --quick --device cpu tries it out"
-        )
+        print("no CUDA device here: nothing measured; --quick --device cpu tries it out")
         return
     report("finetune", options, steps_by_method(options))
 

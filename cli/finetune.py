@@ -22,7 +22,7 @@ from probes.finetune_config import (
     WorkConfig,
 )
 
-LOGS = ("probes.tuning_loop", "probes.finetune_fit")
+LOGS = ("probes.tuning_loop", "probes.tuning_hold", "probes.tuning_watch", "probes.finetune_fit")
 
 
 @with_config(
@@ -69,9 +69,10 @@ def finetune(
     Examples: `probes finetune --dataset cxr --model dinov3-base --res 224 --method full`; `probes finetune --dataset
     cxr --model dinov2-base --method lora --r 8 --lr 1e-4,1e-3`; `probes finetune --dataset chexpert --model
     dinov3-base --preset lora-chest`; `--method last-k --k 2 --from-cache --flip off --degrees 0` computes the frozen
-    blocks once. On 8 GPUs: `torchrun --nproc-per-node 8 -m probes finetune ...`. Ended by Ctrl-C, a scheduler or
+    blocks once. On 8 GPUs: `torchrun --nproc-per-node 8 -m -- probes finetune ...`. Ended by Ctrl-C, a scheduler or
     `--time-budget`, the same command goes on. What is printed at the end makes feature sets of the trained network.
     """
+    from featstore.extraction.distributed import find_ranks
     from featstore.extraction.stopping import signals
     from featstore.store.catalog import Store
     from featstore.store.layout import store_path
@@ -86,10 +87,11 @@ def finetune(
     request = Request(
         data=data, settled=settled, network=network, images=images, reading=reading, splits=splits, work=work
     )
-    if not json:
+    speaks = find_ranks().speaks
+    if speaks and not json:
         print(f"store {home.path}", flush=True)
-    if not json or work.dry_run:
-        about = describe(home, request)
+    if speaks and (not json or work.dry_run):
+        about = describe(home, request, foreseen=work.dry_run)
         if json:
             show.emit_json(about.facts)
         else:
@@ -98,21 +100,28 @@ def finetune(
     if work.dry_run:
         return
     stop = make_stop(work.run)
-    with _told(), signals(stop):
-        records = evaluate_finetune(home, request, stop=stop, say=show.say)
+    with _told(speaks), signals(stop):
+        records = evaluate_finetune(home, request, stop=stop, say=show.say if speaks else _nothing)
+    if not speaks:
+        return
     if json:
         show.emit_json(records)
-    elif records:
+    else:
         print_arms(records, data.results or home.path / "results", show.table)
 
 
+def _nothing(text: str) -> None:
+    """What the first process of a team says is said once."""
+
+
 @contextmanager
-def _told() -> Iterator[None]:
-    """Show what the runs say of their progress on stderr."""
+def _told(speaks: bool) -> Iterator[None]:
+    """Show what the runs say of their progress on stderr; of several processes the first one's."""
 
     class Line(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            show.say(record.getMessage())
+            if speaks:
+                show.say(record.getMessage())
 
     handler = Line()
     before = []

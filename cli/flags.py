@@ -1,12 +1,57 @@
-"""Turns frozen config dataclasses into command-line flags: a field is a flag, its annotation the help text."""
+"""Turns frozen config dataclasses into command-line flags: a field is a flag, its annotation the help text.
+
+Also what is said where `--dataset` is left out, or its name given without it.
+"""
 
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
+
+from featstore.errors import FeatstoreError
+
+# Of click, or of the copy of it that later releases of typer carry.
+_USAGE_ERROR = cast(type[Exception], typer.BadParameter.__mro__[1])
+
+
+class Command(TyperCommand):
+    """A command whose errors of usage help with `--dataset`, where it has that option and takes no bare words."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except _USAGE_ERROR as error:
+            takes = {item.name: item.param_type_name for item in self.params}
+            if takes.get("dataset") != "option" or "argument" in takes.values():
+                raise
+            try:
+                values, words, _ = self.make_parser(ctx).parse_args(given)
+            except _USAGE_ERROR:
+                raise error from None
+            if words and "dataset" not in values:
+                ctx.fail(f"{words[0]!r} stands without an option; did you mean --dataset {words[0]}?")
+            if getattr(getattr(error, "param", None), "name", None) == "dataset":
+                ctx.fail(f"--dataset is needed, the name of a registered data set; {_registered(values.get('store'))}")
+            raise
+
+
+def _registered(store: str | None) -> str:
+    from featstore.store.catalog import Store
+    from featstore.store.layout import store_path
+
+    try:
+        home = Store(store_path(store))
+        names = home.datasets()
+    except (FeatstoreError, OSError) as error:
+        return f"the store cannot be read: {error}"
+    if not names:
+        return f"none is registered in {home.path}: start with `featstore register NAME ROOT`"
+    return f"registered in {home.path}: {', '.join(names)}"
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:

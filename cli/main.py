@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from cli.flags import Command
 from featstore import __version__
 from featstore.errors import FeatstoreError, Stopped
 
@@ -91,7 +92,7 @@ def _store_app() -> typer.Typer:
     first = (extract, planning, operations, backbones, card, intensities)
     for module in (*first, maintenance, exchange, formats, searching, doctor, demo):
         for name, command in module.COMMANDS.items():
-            app.command(name, no_args_is_help=name in ASKING)(guarded(command))
+            app.command(name, cls=Command, no_args_is_help=name in ASKING)(guarded(command))
     return app
 
 
@@ -118,7 +119,7 @@ def _probe_app() -> typer.Typer:
 
     for module in (probing, heads, finetune, suite, fewshot, comparing, leaks):
         for name, command in module.COMMANDS.items():
-            app.command(name, no_args_is_help=name != "results")(guarded(command))
+            app.command(name, cls=Command, no_args_is_help=name != "results")(guarded(command))
     return app
 
 

@@ -325,7 +325,9 @@ class RunConfig:
     ] = "auto"
     compile: Annotated[Compile, "torch.compile: auto is on for GPUs; graphs adds CUDA graphs"] = "auto"
     max_bytes: Annotated[str, "stop and ask for --yes beyond this much new data"] = "100GB"
-    max_failed: Annotated[str, "stop when more than this share of the images cannot be decoded: 1% or 0.01"] = "100%"
+    max_failed: Annotated[
+        str, "stop when more than this share of the set's images, earlier runs included, cannot be decoded: 1% or 0.01"
+    ] = "100%"
     retry_failed: Annotated[bool, "compute blocks with failed images again"] = False
     dry_run: Annotated[
         bool, "say what would be done and stop; of weights' files whose digest is not known yet it is kept"

@@ -4,10 +4,14 @@ A score on images that a network has seen says less about images that it has not
 `unknown` wherever the published list is not closed: nobody can tell which radiographs a crawl of the web holds.
 """
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from featstore.errors import WeightsError
 
 Overlap = Literal["yes", "no", "unknown"]
 
@@ -19,6 +23,7 @@ SAME_IMAGES: Mapping[str, tuple[str, ...]] = {
 ANYTHING = ("coco", "folder", "image-masks", "import", "table")
 # Rendered by this package, so nobody was trained on it.
 RENDERED = ("phantom",)
+RUN_FACTS = "about.json"  # beside the weights of a fine-tuned network
 UNSTATED = "unstated"  # stands for training that the files of unknown origin may have had
 
 
@@ -115,12 +120,58 @@ def _of_corpus(corpus: Corpus | None, images: Collection[str]) -> Overlap:
     return "no" if corpus.closed else "unknown"
 
 
-def overlap_of_set(weights: Mapping[str, Any], families: Sequence[str], *, random: bool) -> Overlap:
+def overlap_of_set(
+    weights: Mapping[str, Any], families: Sequence[str], *, random: bool, datasets: Collection[str] = ()
+) -> Overlap:
     """The same for a set of embeddings, of whose spec `weights` is, and all data sets that a result rests on.
 
-    One that was seen makes it `yes`, one of which nobody knows `unknown`. Random weights saw nothing.
+    One that was seen makes it `yes`, one of which nobody knows `unknown`. Random weights saw nothing. A fine-tuned
+    network saw the data sets that it was trained on too; `datasets` are the names of those that are asked about, which
+    say more than the family of a table or a folder does.
     """
     if random:
         return "no"
-    found = [overlap(weights.get("pretraining"), family) for family in families]
+    runs = [run for run in weights.get("trained_on", ()) if run["changed"]]
+    if any(run["dataset"] in datasets for run in runs):
+        return "yes"
+    found: list[Overlap] = [_of_run(run["adapter"], family) for run in runs for family in families]
+    behind = weights.get("trained_on", ())
+    if not (behind and behind[0]["started_from"]["random"]):
+        found += [overlap(weights.get("pretraining"), family) for family in families]
     return "yes" if "yes" in found else "unknown" if "unknown" in found or not found else "no"
+
+
+def _of_run(trained: str, family: str) -> Overlap:
+    """Whether a network that was fine-tuned on one family's images saw those of another."""
+    if trained in ANYTHING or family in ANYTHING:
+        return "unknown"
+    kin = family == trained or trained in SAME_IMAGES.get(family, ()) or family in SAME_IMAGES.get(trained, ())
+    return "yes" if kin else "no"
+
+
+def runs_behind(file: Path, digest: str) -> list[dict[str, Any]]:
+    """Fine-tuning runs that a weight file came out of, from first to last, as `about.json` beside it has them.
+
+    Each states the data set, its manifest, the task, what the network was before, and whether it `changed`. Empty where
+    no run of `probes finetune` wrote such a file there.
+
+    Raises:
+        WeightsError: it is about other weights, or damaged.
+    """
+    path = file.parent / RUN_FACTS
+    if not path.is_file():
+        return []
+    try:
+        body = json.loads(path.read_bytes())
+        found: list[dict[str, Any]] = body["trained_on"]
+        stated = body["digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ValueError):
+            raise WeightsError(f"{path} is damaged ({error}); run `probes finetune` again, which writes it") from error
+        return []  # somebody else's file of that name
+    if stated != digest:
+        raise WeightsError(
+            f"{path} is about weights with the SHA-256 {str(stated)[:12]}, and {file.name} beside it has "
+            f"{digest[:12]}; run `probes finetune` again, or give the weights from a folder of their own"
+        )
+    return found

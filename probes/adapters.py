@@ -24,6 +24,7 @@ from probes import adapters_lora
 from probes.adapters_config import LAST_K, LORA_DEFAULTS, METHODS, OWNERS, AdapterConfig
 
 SPARED = "mask_token"  # for pre-training: no token depends on it
+FOLDED = "{} of {} hold no statistics (mean 0, variance 1: folded into weights and biases)"
 
 
 class Counts(NamedTuple):
@@ -68,7 +69,7 @@ class Adapted:
         """Groups for an optimiser, with their `names`: lr x layer_decay^(depths above), vectors without weight decay.
 
         The head, and what stands behind the blocks, has the whole learning rate; each block below multiplies it once
-        more, and what stands before the blocks has the lowest. Biases, norms, scales and single tokens are not decayed.
+        more, and what stands before the blocks has the lowest. Not decayed: biases, norms, scales, tokens, positions.
         Source: Clark et al. 2020 (ELECTRA), with depths as Bao et al. 2021 (BEiT) count them for vision transformers.
 
         Raises:
@@ -80,7 +81,7 @@ class Adapted:
         top = len(self.trainable.block_names) + 1
         made: dict[tuple[int, bool], dict[str, Any]] = {}
         for name, parameter in self.parameters.items():
-            depth, decayed = depths.get(name, top), parameter.squeeze().ndim > 1
+            depth, decayed = depths.get(name, top), parameter.ndim > 1 and not _is_token(name)
             group = made.setdefault(
                 (depth, decayed),
                 {
@@ -189,6 +190,14 @@ def _said(signature: str | None) -> str:
     return f"{read['method']} {json.dumps(read['settings'])} on architecture {read['architecture']}"
 
 
+def _is_token(name: str) -> bool:
+    """Whether a parameter is a token (CLS, register, mask) or a table of positions."""
+    return any(
+        part.startswith(("pos_", "rel_pos", "position")) or part.endswith(("_token", "_tokens", "class_embedding"))
+        for part in name.split(".")
+    )
+
+
 def adapt(
     trainable: Trainable, method: str, config: AdapterConfig | None = None, *, features: str | None = None
 ) -> Adapted:
@@ -212,9 +221,14 @@ def adapt(
         raise ConfigError("a method was applied to this network before; load it anew for another one")
     settings, notes = _apply(trainable, method, config)
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    trainable.batch_norm = "train" if _statistics_move(method, config, bool(norms)) else "frozen"
+    folded = trainable.folded_norms()
+    trainable.batch_norm = "train" if _statistics_move(method, config, bool(norms), folded) else "frozen"
     if norms:
         settings["batch_norm"] = trainable.batch_norm
+    if folded and method == "full" and trainable.batch_norm == "frozen" and config.batch_norm == "auto":
+        notes.append(f"batch norms stay frozen: {FOLDED.format(folded, len(norms))}")
+    if folded and trainable.batch_norm == "train":
+        notes.append(f"batch norms move although {FOLDED.format(folded, len(norms))}: training starts far from them")
     if trainable.checkpointing:
         trainable.check_checkpointing()
     for name, parameter in network.named_parameters():
@@ -229,18 +243,20 @@ def adapt(
     return Adapted(trainable, method, settings, notes)
 
 
-def _statistics_move(method: str, config: AdapterConfig, has_norms: bool) -> bool:
+def _statistics_move(method: str, config: AdapterConfig, has_norms: bool, folded: int) -> bool:
     """Whether batch norms use and update the statistics of the batch.
 
     By default only where everything trains: adapters, biases and last blocks are corrections to a network that is
     otherwise the frozen one, and statistics that drift would change all of it, with the batch size, without a gradient,
-    and differently on every rank.
+    and differently on every rank. And only where norms hold statistics (`Trainable.folded_norms`): folded ones are
+    plain scales and shifts, without which the network is another one, and nothing is left to fine-tune.
     """
     if config.batch_norm != "auto" and not has_norms:
         raise ConfigError(f"batch norm {config.batch_norm}: the network has no batch norms; leave it out")
     if config.batch_norm == "train" and method in ("lora", "linear-online"):
         raise ConfigError(f"batch norm train: {method} trains no batch norm; leave it out")
-    return has_norms and (config.batch_norm == "train" or (config.batch_norm == "auto" and method == "full"))
+    moves = method == "full" and not folded
+    return has_norms and (config.batch_norm == "train" or (config.batch_norm == "auto" and moves))
 
 
 def _apply(trainable: Trainable, method: str, config: AdapterConfig) -> tuple[dict[str, Any], list[str]]:

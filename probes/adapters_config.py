@@ -22,7 +22,9 @@ class AdapterConfig:
     bias: Annotated[str | None, "LoRA: biases that train too: none, or lora_only for those of targets"] = None
     targets: Annotated[str | None, "LoRA: q,k,v,qkv,o,fc1,fc2,pointwise (default q,v; ConvNeXt fc1,fc2)"] = None
     k: Annotated[int | None, "last-k: blocks that train, with what stands behind them (default 2)"] = None
-    batch_norm: Annotated[str, "running statistics: auto (they move in full alone), frozen or train"] = "auto"
+    batch_norm: Annotated[str, "running statistics: auto (they move in full, where there are any), frozen or train"] = (
+        "auto"
+    )
     seed: Annotated[int, "of the adapters' first weights"] = 0
 
     def __post_init__(self) -> None:

@@ -27,8 +27,8 @@ def _names(text: str | None) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """What every evaluation is of: data, labels, features."""
+class SubjectConfig:
+    """What every result is of: data, backbone, labels, features."""
 
     dataset: Annotated[str, "registered data set"]
     model: Annotated[str | None, "set or sets to evaluate: MODEL, MODEL@RES; default: every set of the data set"] = None
@@ -39,7 +39,6 @@ class DataConfig:
         str | None,
         "cls, mean_patch, cls+mean_patch, mean_all, ..., or several, comma-separated; default: cls+mean_patch and cls",
     ] = None
-    manifest: Annotated[str | None, "digest of an older manifest of the data set; default: the current one"] = None
     seed: Annotated[int, "seed of what is drawn"] = 0
     allow_leak: Annotated[
         bool, "go on although a patient or an image stands in two splits, or in both data sets; the record says so"
@@ -49,10 +48,20 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.task and self.labels:
             raise ConfigError("--task and --labels exclude each other; give one")
-        if self.features is not None and not _names(self.features):
-            raise ConfigError(f"--features names features, comma-separated; got {self.features!r}")
         if self.seed < 0:
             raise ConfigError(f"--seed must be 0 or more, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(SubjectConfig):
+    """What every evaluation of stored features is of."""
+
+    manifest: Annotated[str | None, "digest of an older manifest of the data set; default: the current one"] = None
+
+    def __post_init__(self) -> None:
+        SubjectConfig.__post_init__(self)  # super() does not know a class that slots made again
+        if self.features is not None and not _names(self.features):
+            raise ConfigError(f"--features names features, comma-separated; got {self.features!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +76,7 @@ class EvalConfig(DataConfig):
     ] = False
 
     def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)  # super() does not know a class that slots made again
+        DataConfig.__post_init__(self)
         if self.resamples < 2:
             raise ConfigError(f"--resamples must be at least 2, got {self.resamples}")
 

@@ -22,6 +22,7 @@ from featstore.store.layout import differences, set_name
 from probes.configs import TaskConfig
 from probes.crossing import shared_rows
 from probes.known import TASKS
+from probes.learned import learned_rows
 from probes.repeats import judge_repeats, repeated_features
 from probes.tasks import Samples, Task, choose_task, missing_columns, read_as
 from probes.taskspec import TaskSpec
@@ -172,11 +173,12 @@ def cross_task(
         if alone:
             notes.append(f"labels of {task.features.manifest.name} alone, left out: {', '.join(alone)}")
     notes += shared_rows(source, target, store, allow_leak=allow_leak)
+    notes += learned_rows(target.features, np.where(target.role == "test", "test", ""), allow_leak=allow_leak)[1:]
     if "imported" in source.features.spec["identity"]:
         notes.append("imported features: that both sets come from one network is taken from their name")
     values = {name: getattr(source, name) for name in Task.__dataclass_fields__}
     # What the target says of rows to train and select on is about rows that are not used.
-    unused = ("train: ", "val: ", "leak allowed: ", "training policy: ")
+    unused = ("train: ", "val: ", "leak allowed: ", "training policy: ", "network: ")
     kept = [note for note in target.notes if not note.startswith(unused)]
     test_notes = [f"{target.features.manifest.name}: {note}" for note in kept]
     notes = [*source.notes, *test_notes, *notes]

@@ -7,6 +7,7 @@ them for both data sets; where that cannot be known, a note says so.
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from featstore.datasets.manifest import Manifest
 from featstore.errors import LeakError
@@ -26,17 +27,8 @@ def shared_rows(source: Task, target: Task, store: Store | None, *, allow_leak: 
     """
     ours, theirs = source.features.manifest, target.features.manifest
     train, test = np.union1d(source.index("train"), source.index("val")), target.index("test")
-    found, notes = [], []
-    for what, column in (("images (by id)", "id"), ("groups (patients)", "group")):
-        if not (_one_release(ours, theirs) if column == "id" else _one_numbering(ours, theirs)):
-            continue
-        seen = {value for value in _taken(ours.column(column), train) if value not in (None, "")}
-        both = seen.intersection(_taken(theirs.column(column), test))
-        if both:
-            found.append(f"{len(both)} {what}, such as {min(both)!r}")
-    same, hashed = _identical(ours, train, theirs, test, store)
-    if same:
-        found.append(f"{same} byte-identical images")
+    found, hashed = common_rows(ours, train, theirs, test, store)
+    notes = []
     if found:
         text = f"training on {ours.name} and testing on {theirs.name} share {'; '.join(found)}"
         if not allow_leak:
@@ -48,6 +40,28 @@ def shared_rows(source: Task, target: Task, store: Store | None, *, allow_leak: 
     if hashed < total:
         notes.append(f"byte-identical images: sought among the {hashed} of {total} whose file has a known hash")
     return tuple(notes)
+
+
+def common_rows(
+    ours: Manifest,
+    train: Int[np.ndarray, " n"],
+    theirs: Manifest,
+    test: Int[np.ndarray, " m"],
+    store: Store | None,
+) -> tuple[list[str], int]:
+    """(what rows of one manifest share with rows of another, in words; rows whose file has a known hash)."""
+    found = []
+    for what, column in (("images (by id)", "id"), ("groups (patients)", "group")):
+        if not (one_release(ours, theirs) if column == "id" else _one_numbering(ours, theirs)):
+            continue
+        seen = {value for value in _taken(ours.column(column), train) if value not in (None, "")}
+        both = seen.intersection(_taken(theirs.column(column), test))
+        if both:
+            found.append(f"{len(both)} {what}, such as {min(both)!r}")
+    same, hashed = _identical(ours, train, theirs, test, store)
+    if same:
+        found.append(f"{same} byte-identical images")
+    return found, hashed
 
 
 def _taken(values: Sequence[str | None], rows: np.ndarray) -> list[str | None]:
@@ -77,7 +91,7 @@ def _adapter(manifest: Manifest) -> str:
     return "" if adapter in ANONYMOUS else adapter
 
 
-def _one_release(ours: Manifest, theirs: Manifest) -> bool:
+def one_release(ours: Manifest, theirs: Manifest) -> bool:
     """Whether an id names the same image in both."""
     return ours.name == theirs.name or (_adapter(ours) != "" and _adapter(ours) == _adapter(theirs))
 

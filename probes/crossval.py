@@ -18,6 +18,7 @@ POOLED_NOTE = (
     "cross-validation: test shows the rows of all folds scored together, intervals resample their patients; scores of "
     "different folds come from different heads, so the mean over folds (in the record) may differ; val is that mean"
 )
+CARRIED = ("vote", "pooling", "method", "preset", "budget")  # choices that no fold makes for itself
 SHARED = (
     "probe", "dataset", "set", "fingerprint", "weights", "random_weights", "preprocess", "compute_dtype", "manifest",
     "groups", "config", "num_failed", "seed", "pretraining_overlap",
@@ -70,8 +71,10 @@ def summarise(folds: Sequence[dict[str, Any]], folder: Place, key: str, opened: 
         "cost": {
             "seconds": round(sum(item["cost"]["seconds"] for item in folds), 3),
             "peak_memory_bytes": max(item["cost"]["peak_memory_bytes"] for item in folds),
+            "peak_gpu_memory_bytes": max(item["cost"].get("peak_gpu_memory_bytes", 0) for item in folds),
             "trainable_parameters": folds[0]["cost"]["trainable_parameters"],
             "gpu_seconds": sum(item["cost"]["gpu_seconds"] for item in folds),
+            **{name: folds[0]["cost"][name] for name in ("not_counted",) if name in folds[0]["cost"]},
         },
         "deviations": list(dict.fromkeys(text for item in folds for text in item["deviations"])),
         "notes": [POOLED_NOTE, _said(folds)],
@@ -104,7 +107,7 @@ def _task(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _choices(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What every fold chose."""
     return {
-        **{name: folds[0]["choices"][name] for name in ("vote", "pooling") if name in folds[0]["choices"]},
+        **{name: folds[0]["choices"][name] for name in CARRIED if name in folds[0]["choices"]},
         "per_fold": [item["choices"] for item in folds],
     }
 

@@ -37,6 +37,7 @@ def set_facts(task: Task) -> dict[str, Any]:
             source.spec["weights"],
             [item.manifest.meta["adapter"] for item in (source, tested)],
             random=source.random,
+            datasets=[item.manifest.name for item in (source, tested)],
         ),
     }
 

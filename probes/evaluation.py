@@ -1,7 +1,6 @@
 """From sets and a task to records: fit, choose on validation, score the test split once, keep everything."""
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,14 +11,14 @@ from typing import Any
 from featstore import files
 from featstore.errors import ConfigError, CorruptError
 from featstore.objects import Place
-from featstore.records import peak_memory_bytes
 from featstore.store.catalog import Store
 from featstore.store.features import FeatureSet
 from probes import BASELINES, PROBES
 from probes.configs import EvalConfig, SplitConfig, TaskConfig
+from probes.costs import HeadClock
 from probes.cross import CrossTask, best_task, cross_task, matching_set
 from probes.crossval import with_summaries
-from probes.described import masked_rows, set_facts, task_facts
+from probes.described import set_facts
 from probes.folds import fold_specs
 from probes.nested import Nested, nested_intervals
 from probes.operating import operating
@@ -37,8 +36,6 @@ __all__ = [
     "evaluate_one",
     "evaluate_sets",
     "load_records_at",
-    "masked_rows",
-    "task_facts",
     "with_token_mean",
 ]
 
@@ -176,7 +173,7 @@ def _tested_on(
         else:
             spec, chosen = choose_task(manifest, task=name, reading=reading), ""
         # What its own training rows share with its test rows does not matter: they are not used.
-        target = make_task(matching_set(store, task.features, dataset), spec, allow_leak=True)
+        target = make_task(matching_set(store, task.features, dataset), spec, allow_leak=True, splits=("test",))
         crossed.append(cross_task(task, target, store=store, allow_leak=config.allow_leak, chosen=chosen))
     return crossed
 
@@ -201,7 +198,7 @@ def evaluate_one(
     probe: str, job: Job, config: EvalConfig, head: Any, *, reading: TaskConfig, folder: Place, opened: int
 ) -> dict[str, Any]:
     """Fit one probe on one set and feature, and keep its record, the `opened`-th that sees this test split."""
-    started = time.monotonic()
+    clock = HeadClock()
     task = job.task
     features, fitted, val, compared = _fit(probe, job, config, head)
     nested = {}
@@ -215,12 +212,7 @@ def evaluate_one(
         {"evaluation": config, "task": reading, "splits": job.splits, "head": head},
         metrics={"val": val, "test": nested},
         choices=compared,
-        cost=lambda: {
-            "seconds": round(time.monotonic() - started, 3),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "trainable_parameters": fitted.num_parameters,
-            "gpu_seconds": 0.0,
-        },
+        cost=lambda: clock.cost(fitted.num_parameters),
         folder=folder,
         opened=opened,
     )

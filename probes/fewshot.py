@@ -4,7 +4,6 @@
 record states as label budget, and its curves stand in tables of their own.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -17,17 +16,15 @@ from torch import Tensor
 
 from featstore.errors import ConfigError, TaskError
 from featstore.objects import Place
-from featstore.pretraining import overlap_of_set
-from featstore.records import peak_memory_bytes
 from featstore.store.catalog import Store
 from probes.configs import TaskConfig
+from probes.costs import HeadClock
 from probes.curves import Values, class_metrics, label_metrics, macro_over_common, points, repeats_table
+from probes.described import set_facts
 from probes.evaluation import (
     choose_features,
     complete_sets,
     load_records_at,
-    masked_rows,
-    task_facts,
     times_opened,
     with_token_mean,
 )
@@ -395,23 +392,13 @@ def record_curve(
     opened: int,
 ) -> dict[str, Any]:
     """Fit one curve and keep its record; its table holds the metrics of every head instead of predictions."""
-    started = time.monotonic()
+    clock = HeadClock()
     curve = fit_fewshot(task, features, config, seed=data.seed)
-    source = task.features
-    known = source.manifest.meta["groups_known"]
     names = [budget.name for budget in curve.budgets]
     record = {
         "probe": "fewshot",
         "dataset": data.dataset,
-        "set": source.name,
-        "fingerprint": source.fingerprint,
-        "weights": source.spec["weights"],
-        "random_weights": source.random,
-        "preprocess": source.spec["identity"].get("preprocess"),
-        "compute_dtype": source.spec["identity"].get("compute_dtype"),
-        "manifest": source.manifest.digest,
-        "groups": "known" if known else "unknown",
-        "task": task_facts(task, known),
+        **set_facts(task),
         "features": features,
         "config": {"evaluation": asdict(data), "task": asdict(reading), "head": asdict(config)},
         "label_budget": {
@@ -422,21 +409,11 @@ def record_curve(
         "choices": {"scaling": config.space, "strength": "alpha" if config.head == "ridge" else "C"},
         "curve": points(curve.facts, curve.labels, curve.per_label, curve.macro),
         "macro_labels": list(curve.common),
-        "num_failed": len(source.failures),
-        "num_masked": masked_rows(task),
         "test_opened": opened,
         "test_key": task.test_key,
         "seed": data.seed,
-        "cost": {
-            "seconds": round(time.monotonic() - started, 3),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "trainable_parameters": curve.num_parameters,
-            "gpu_seconds": 0.0,
-        },
+        "cost": clock.cost(curve.num_parameters),
         "deviations": list(task.spec.deviations),
-        "pretraining_overlap": overlap_of_set(
-            source.spec["weights"], [source.manifest.meta["adapter"]], random=source.random
-        ),
         "notes": list(curve.notes),
     }
     table = repeats_table(names, curve.labels, curve.per_label, curve.macro)

@@ -4,7 +4,7 @@ A network is trained on images in the place of a head on features; everything be
 have: the record, its intervals, its thresholds, its count of how often the test split was opened.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,25 @@ from probes.configs import EvalConfig, SplitConfig, TaskConfig
 from probes.cross import best_task, cross_task
 from probes.crossval import with_summaries
 from probes.evaluation import Job, check_together, keep_record, times_opened
+from probes.finetune_check import Foreseen, check_options, check_task, foresee
 from probes.finetune_config import FinetuneData, ImagesConfig, NetworkConfig, WorkConfig, set_config
 from probes.finetune_fit import Arm, Seeded, describe_augmentation, fit_arm, said_rate
 from probes.finetune_presets import Settled
+from probes.finetune_tasks import training_digest
 from probes.folds import fold_specs
+from probes.roles import SPLITS
 from probes.scoring import score
 from probes.tasks import Task, choose_task, make_task
-from probes.tuning_images import ImageSet, kind_of, make_image_task
+from probes.taskspec import TaskSpec
+from probes.tuning_images import ImageSet, make_image_task
 from probes.tuning_ranks import Team
 
 PROBE = "finetune"
 RUNS = "finetune"  # folder of runs in a store
+SURVEYS = "surveys"  # beside the runs of a data set: what became of its images
 Say = Callable[[str], None]
+# A task on images, made with (images, spec, whether leaks are allowed, the splits that are used).
+Make = Callable[[ImageSet, TaskSpec, bool, Sequence[str]], Task]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,9 @@ class Request:
             found.append(f"--published {self.published or 'none'}; {preset.name} has {preset.images}")
         if preset.res is not None and self.network.res not in (None, preset.res):
             found.append(f"--res {self.network.res}; {preset.name} has {preset.res}")
+        family = plan.source.architecture.family
+        if preset.name == "lora-chest" and family == "vit" and self.settled.values.get("targets") is None:
+            found.append("adapters of their own on query and value; published for this network: one on its fused qkv")
         if self.data.features is not None and preset.is_published:
             usual = features_of(self, plan, asked=None)
             if self.data.features != usual:
@@ -96,6 +106,8 @@ def features_of(request: Request, plan: Plan, asked: str | None) -> str:
     """
     preset, facts = request.settled.preset, plan.source.architecture
     usual = MEAN_ALL if preset.token_mean and facts.summary != "pool" else preset.features
+    if preset.token_mean and not facts.family.startswith("dino"):
+        usual = "cls"  # published: the heads of timm's own models
     found = asked or usual
     parts_of(found, facts)
     return found
@@ -115,12 +127,20 @@ def evaluate_finetune(
     """
     data = request.data
     check_together(EvalConfig(dataset=data.dataset, resamples=data.resamples), request.reading, request.splits)
+    check_options(request.settled, request.work)
     source = describe_backbone(store, request.set_config)
     plan = make_plan(store, data.dataset, request.set_config, request.work.run, source)
     features = features_of(request, plan, data.features)
+    foresee_request(store, request, plan)
     team = Team(choose_device(request.work.device))
     try:
-        tasks = _tasks(store, request, plan, team, stop)
+        surveys = runs_folder(store.path, request)
+
+        def look(images: ImageSet, spec: TaskSpec, leak: bool, splits: Sequence[str]) -> Task:
+            folder = surveys / images.manifest.name / SURVEYS
+            return make_image_task(images, spec, team, allow_leak=leak, stop=stop, folder=folder, splits=splits)
+
+        tasks = _tasks(store, request, plan, look)
         for note in plan.notes:
             say(note)
         folder = data.results or store.path / "results"
@@ -148,12 +168,34 @@ class About:
     facts: dict[str, Any]
 
 
-def describe(store: Store, request: Request) -> About:
-    """What a request stands for, without torch: network, images, rates, seeds, runs, departures.
+def foresee_request(store: Store, request: Request, plan: Plan) -> Foreseen:
+    """What trains; no image is read, and no weights of listed networks.
+
+    Raises:
+        TaskError, ConfigError: what the data set, its labels or the network do not allow.
+    """
+
+    def read(images: ImageSet, spec: TaskSpec, leak: bool, splits: Sequence[str]) -> Task:
+        return make_task(images, spec, allow_leak=leak, splits=splits)
+
+    tasks = _tasks(store, request, plan, read)
+    for task in tasks:
+        check_task(request.settled, request.work, task)
+    features = features_of(request, plan, request.data.features)
+    outputs = len(tasks[0].labels)
+    return foresee(plan.source, request.settled, request.work, features=features, outputs=outputs)
+
+
+def describe(store: Store, request: Request, *, foreseen: bool = False) -> About:
+    """What a request stands for: network, images, rates, seeds, runs, departures.
+
+    Args:
+        foreseen: build the network, empty, and say what trains; else nothing is built.
 
     Raises:
         FeatstoreError: the network or the data set is not known, or options contradict each other.
     """
+    check_options(request.settled, request.work)
     source = describe_backbone(store, request.set_config)
     plan = make_plan(store, request.data.dataset, request.set_config, request.work.run, source)
     settled, values = request.settled, request.settled.values
@@ -175,17 +217,33 @@ def describe(store: Store, request: Request) -> About:
         "runs_folder": str(runs_folder(store.path, request)),
     }
     start = "from the linear probe of the frozen features" if values["start"] == "linear" else "at random"
+    trains = []
+    if foreseen:
+        found = foresee_request(store, request, plan)
+        facts |= {"trainable_parameters": found.trainable, "head_parameters": found.head, "notes": list(found.notes)}
+        trains = [f"  {found.trainable:,} parameters train, {found.head:,} of them the head's"]
+        trains += [f"  {note}" for note in found.notes]
+    repeated = "".join(
+        [
+            f", then the best with {_counted(len(settled.seeds) - 1, 'more seed')}" * (len(settled.seeds) > 1),
+            f", then {'each ' * (len(settled.seeds) > 1)}again on train + val" * bool(values["refit"]),
+        ]
+    )
     lines = [
         f"{facts['set']} ({'RANDOM WEIGHTS, ' if source.random else ''}{source.origin})",
         f"  {settled.method} ({settled.preset.name}), head on {features}, started {start}; "
         f"{values['optimizer']}, batch {values['batch']}, at most {values['epochs']} epochs; "
         f"augmentation: {facts['augmentation']}",
-        f"  {runs} runs: {'; '.join(facts['rates'])} with seed {settled.train_seed}, then the best with "
-        f"{len(settled.seeds) - 1} more seeds" + (", then each again on train + val" if values["refit"] else ""),
+        f"  {_counted(runs, 'run')}: {'; '.join(facts['rates'])} with seed {settled.train_seed}{repeated}",
+        *trains,
         f"  checkpoints and weights in {facts['runs_folder']}",
         *(f"  not as {settled.preset.name} has it: {text}" for text in deviations),
     ]
     return About(lines, facts)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def runs_folder(path: Place, request: Request) -> Path:
@@ -201,25 +259,18 @@ def runs_folder(path: Place, request: Request) -> Path:
     return Path(str(path)) / RUNS
 
 
-def _tasks(store: Store, request: Request, plan: Plan, team: Team, stop: Stop | None) -> list[Task]:
+def _tasks(store: Store, request: Request, plan: Plan, make: Make) -> list[Task]:
     """The task on images, once per fold or other test data set."""
     data, reading = request.data, request.reading
-    images = ImageSet(plan, request.work.run)
     labels = tuple(name.strip() for name in data.labels.split(",") if name.strip())
     spec = choose_task(plan.manifest, task=data.task, labels=labels, where=data.where, reading=reading)
-    first, *others = fold_specs(plan.manifest, spec, request.splits)
-    kind_of(make_task(images, first, allow_leak=True))  # before every image is looked at
-    made = [make_image_task(images, first, team, allow_leak=data.allow_leak, stop=stop)]
-    made += [make_image_task(images, other, team, allow_leak=data.allow_leak, stop=stop) for other in others]
-    crossed: list[Task] = []
-    for name, task in reading.tests:
-        crossed += [_tested_on(store, request, (name, task), source, team, stop) for source in made]
-    return crossed or made
+    specs = fold_specs(plan.manifest, spec, request.splits)
+    images = ImageSet(plan, request.work.run)
+    made = [make(images, each, data.allow_leak, SPLITS) for each in specs]
+    return [_tested_on(store, request, other, source, make) for other in reading.tests for source in made] or made
 
 
-def _tested_on(
-    store: Store, request: Request, other: tuple[str, str | None], source: Task, team: Team, stop: Stop | None
-) -> Task:
+def _tested_on(store: Store, request: Request, other: tuple[str, str | None], source: Task, make: Make) -> Task:
     """The task with the test rows of another data set, whose images are prepared in the same way."""
     dataset, name = other
     assert isinstance(source.features, ImageSet)
@@ -230,8 +281,8 @@ def _tested_on(
         spec, chosen = best_task(source, plan.manifest, reading)
     else:
         spec = choose_task(plan.manifest, task=name, reading=reading)
-    images = ImageSet(plan, request.work.run)
-    target = make_image_task(images, spec, team, allow_leak=request.data.allow_leak, stop=stop)
+    # What its own training rows share with its test rows does not matter: they are not used.
+    target = make(ImageSet(plan, request.work.run), spec, True, ("test",))
     return cross_task(source, target, store=store, allow_leak=request.data.allow_leak, chosen=chosen)
 
 
@@ -240,8 +291,11 @@ def _arm(
 ) -> Arm:
     settled = replace(request.settled, deviations=(*request.settled.deviations, *request.deviations(plan)))
     options = {name: value for name, value in settled.options(0).items() if name not in ("train_seed", "seeds")}
-    key = files.digest([plan.spec["fingerprint"], task.digest, features, options])
-    place = f"{set_name(plan.spec)}-{settled.method}-{key[:10]}"
+    # Of another test data set nothing is seen in training: its runs are those of the task itself.
+    cached = request.work.from_cache
+    key = files.digest([plan.spec["fingerprint"], training_digest(task), features, cached, options])
+    # No @, which stands between a model and its size where models are named.
+    place = f"{set_name(plan.spec).replace('@', '-')}-{settled.method}-{key[:10]}"
     return Arm(
         source=plan.source,
         identity=plan.spec["identity"],

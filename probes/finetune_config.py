@@ -17,7 +17,7 @@ from featstore.configs import (
     parse_share,
 )
 from featstore.errors import ConfigError
-from probes.configs import parse_numbers
+from probes.configs import SubjectConfig, parse_numbers
 from probes.tuning_recipe import Crop, Flip, Interpolation, Keep, Optimizer, Precision, Schedule
 
 Method = Literal["full", "lora", "bitfit", "last-k", "linear-online"]
@@ -38,27 +38,18 @@ def _at_least(config: object, least: dict[str, int]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneData:
+class FinetuneData(SubjectConfig):
     """What is trained on and evaluated, and how its numbers are bounded."""
 
-    dataset: Annotated[str, "registered data set"]
     model: Annotated[str, "backbone, as in featstore extract: dinov3-base, tiny, hf:FOLDER, timm:NAME, module:function"]
-    task: Annotated[str | None, "named task, such as chexpert-5; default: the data set's own"] = None
-    labels: Annotated[str, "label columns: one categorical, or several of 0/1/-1/blank"] = ""
-    where: Annotated[str, "keep rows by column: source=nih,view=AP|PA"] = ""
     features: Annotated[
         str | None, "what the head reads: cls, mean_patch, cls+mean_patch, mean_all, last4; default: the preset's"
     ] = None
     seed: Annotated[int, "seed of the bootstrap"] = 0
     resamples: Annotated[int, "bootstrap resamples (by patient) for the intervals"] = 1000
-    allow_leak: Annotated[
-        bool, "go on although a patient or an image stands in two splits, or in both data sets; the record says so"
-    ] = False
-    results: Annotated[Path | None, "folder of the records; default: STORE/results"] = None
 
     def __post_init__(self) -> None:
-        if self.task and self.labels:
-            raise ConfigError("--task and --labels exclude each other; give one")
+        SubjectConfig.__post_init__(self)  # super() does not know a class that slots made again
         if self.features is not None and (not self.features.strip() or "," in self.features):
             raise ConfigError(
                 f"--features names what one head reads, parts joined by +, and got {self.features!r}; run the command "
@@ -68,7 +59,6 @@ class FinetuneData:
             raise ConfigError(f"--model names one backbone, and --res its size; got {self.model!r}")
         if self.resamples < 2:
             raise ConfigError(f"--resamples must be at least 2, got {self.resamples}")
-        _at_least(self, {"seed": 0})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +117,8 @@ class MethodConfig:
     ] = None
     k: Annotated[int | None, "last-k: blocks that train, with what stands behind them; default: 2"] = None
     batch_norm: Annotated[
-        Literal["auto", "frozen", "train"] | None, "running statistics; default: auto, they move in full alone"
+        Literal["auto", "frozen", "train"] | None,
+        "running statistics; default: auto, they move in full alone, where weights hold any",
     ] = None
     drop_path: Annotated[float | None, "share of images that skip the last block in training, rising from 0"] = None
     stretch_positions: Annotated[bool | None, "DINOv3: stretch positions at random in training"] = None

@@ -6,6 +6,8 @@ Every run has a folder of its own, so that the same request goes on where it was
 import io
 import json
 import logging
+import shutil
+import time
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,25 +17,30 @@ import numpy as np
 
 from featstore import files
 from featstore.backbones import BackboneSource
+from featstore.backbones.digests import digest_files
+from featstore.backbones.source import RANDOM_ENDING
 from featstore.backbones.trainable import Trainable, make_trainable
 from featstore.configs import RunConfig
-from featstore.errors import CorruptError, TaskError
+from featstore.errors import CorruptError, Stopped, TaskError
 from featstore.extraction.backbone import load_for_set
 from featstore.extraction.stopping import Stop
+from featstore.pretraining import RUN_FACTS
 from probes.adapters import Adapted, adapt
 from probes.finetune_config import WorkConfig
 from probes.finetune_presets import Settled
 from probes.finetune_start import check_parity, linear_start
-from probes.finetune_tasks import refit_task
+from probes.finetune_tasks import refit_task, trained_task
 from probes.selection import Fitted
 from probes.tasks import Task
+from probes.tuning_hold import alone
 from probes.tuning_images import kind_of
 from probes.tuning_model import Tuned, make_head, start_head
 from probes.tuning_ranks import Team
 from probes.tuning_recipe import TuningRecipe
-from probes.tuning_run import LinearStart, TuningOptions, TuningResult, finetune
+from probes.tuning_run import MODEL, LinearStart, TuningOptions, TuningResult, finetune
 
-COSTS, START, PARITY, ABOUT = "cost.json", "start.npz", "parity.json", "about.json"
+COSTS, START, PARITY = "cost.json", "start.npz", "parity.json"
+FROZEN = "frozen-features"  # until the head's start is fitted
 Rate = tuple[float, float | None]
 
 log = logging.getLogger(__name__)
@@ -61,6 +68,7 @@ class Arm:
     root: Path
     stop: Stop | None = None
     notes: list[str] = field(default_factory=list)
+    before: dict[str, float] = field(default_factory=dict)  # seconds of what comes before all runs
 
     def trainable(self) -> Trainable:
         """The network as it begins, in float32 on this process's device.
@@ -82,9 +90,9 @@ class Arm:
         """The same with the method applied."""
         return adapt(self.trainable(), self.settled.method, self.settled.adapter(seed), features=self.features)
 
-    def recipe(self, rate: Rate, seed: int) -> TuningRecipe:
+    def recipe(self, rate: Rate, seed: int, stop_after: int | None = None) -> TuningRecipe:
         """How one run is trained here."""
-        return self.settled.recipe(rate, seed, micro=self.work.micro)
+        return self.settled.recipe(rate, seed, micro=self.work.micro, stop_after=stop_after)
 
 
 def fit_arm(arm: Arm, task: Task) -> list[Seeded]:
@@ -105,6 +113,7 @@ def fit_arm(arm: Arm, task: Task) -> list[Seeded]:
         cache_dtype="bfloat16" if arm.settled.precision == "bfloat16" else "float32",
         shard=arm.work.shard,
         export=False,
+        score_test=False,
     )
     rates, seeds = arm.settled.rates, arm.settled.seeds
     facts: dict[str, Any] = {"start": {"from": arm.settled.values["start"], **started}}
@@ -136,19 +145,23 @@ class _Trials:
         """Train with a rate; one whose loss leaves the finite numbers is out, as long as there is another."""
         log.info("%s: %s, seed %d", said, said_rate(rate), self.seed)
         folder = self.folder / _name(rate)
+        began = time.monotonic()
         try:
             self.tried[rate] = self._train(self.task, rate, folder, self.options)
         except TaskError as error:
             if "finite" not in str(error):
                 raise
             self.failed[rate] = str(error)
+            self.costs.append(_spent(time.monotonic() - began, self.arm.team))
 
-    def _train(self, task: Task, rate: Rate, folder: Path, options: TuningOptions) -> TuningResult:
+    def _train(
+        self, task: Task, rate: Rate, folder: Path, options: TuningOptions, stop_after: int | None = None
+    ) -> TuningResult:
         arm = self.arm
         result = finetune(
             task,
             arm.adapted(self.seed),
-            arm.recipe(rate, self.seed),
+            arm.recipe(rate, self.seed, stop_after),
             folder,
             options=options,
             team=arm.team,
@@ -165,7 +178,12 @@ class _Trials:
         """
         if not self.tried:
             raise TaskError(f"at every rate {next(iter(self.failed.values()))}")
-        return max(self.tried, key=lambda rate: (self.tried[rate].progress.best, -rate[0], -(rate[1] or 0)))
+        return max(self.tried, key=lambda rate: (self._worth(rate), -rate[0], -(rate[1] or 0)))
+
+    def _worth(self, rate: Rate) -> list[float]:
+        """What validation says of a rate; where every run keeps its last epoch, the loss there."""
+        progress = self.tried[rate].progress
+        return [-progress.val_loss[progress.chosen - 1]] if self.arm.settled.values["keep"] == "last" else progress.best
 
     def finish(self, rate: Rate, facts: dict[str, Any]) -> Seeded:
         """The chosen run, its weights written; trained again on train and val where that is asked."""
@@ -178,16 +196,24 @@ class _Trials:
         refit = bool(arm.settled.values["refit"])
         if refit:
             log.info("training on train and val with %s, seed %d", said_rate(rate), self.seed)
-            final = self._refit(rate, export)
+            # A published count of epochs is a setting; else validation has chosen it, with the rate.
+            stop_after = None if arm.settled.preset.is_published else chosen.progress.chosen
+            final = self._refit(rate, export, stop_after)
         else:
             # The run is finished: its weights are read and written, nothing is trained.
             final = self._export(rate, export)
         place = None if final.weights is None else str(final.weights)
         choices = self._choices(rate, chosen, final) | facts | {"weights": place}
+        if refit:
+            choices["refit_epochs"] = final.progress.epoch
         self._about(choices, self.folder / ("refit-" * refit + _name(rate)))
         notes = list(dict.fromkeys([*arm.notes, *chosen.notes, *self._notes(rate)]))
         if refit:
-            notes.append("trained again on train and val with what validation chose; val shows the run before that")
+            notes.append(
+                f"trained again on train and val, for {final.progress.epoch} epochs, with the rate that validation "
+                "chose; val shows the run before that"
+            )
+        assert final.test_scores is not None
         fitted = Fitted(
             chosen.val_scores,
             final.test_scores,
@@ -203,12 +229,13 @@ class _Trials:
         self.costs = costs  # loading is no training
         return final
 
-    def _refit(self, rate: Rate, export: TuningOptions) -> TuningResult:
+    def _refit(self, rate: Rate, export: TuningOptions, stop_after: int | None) -> TuningResult:
         arm, held = self.arm, self.arm.settled
         values = {**held.values, "keep": "last", "patience": 0}
         arm.settled = Settled(**{**held.__dict__, "values": values})
         try:
-            return self._train(refit_task(self.task), rate, self.folder / f"refit-{_name(rate)}", export)
+            folder = self.folder / f"refit-{_name(rate)}"
+            return self._train(refit_task(self.task), rate, folder, export, stop_after)
         finally:
             arm.settled = held
 
@@ -233,7 +260,9 @@ class _Trials:
                 "seeds": len(seeds),
                 "epochs": values["epochs"],
                 "augmentation": describe_augmentation(values),
-                "selection": f"validation {values['keep']}",
+                "selection": "validation loss of the last epoch"
+                if values["keep"] == "last"
+                else f"validation {values['keep']}",
             },
             "training": final.settings,
             "history": chosen.history,
@@ -249,8 +278,16 @@ class _Trials:
         return notes
 
     def _cost(self, chosen: TuningResult) -> dict[str, Any]:
-        """What all runs of this seed took; images/s are those of the chosen one, validation included."""
-        total = {name: round(sum(cost[name] for cost in self.costs), 3) for name in ("seconds", "gpu_seconds")}
+        """What all runs of this seed took; images/s are those of the chosen one, validation included.
+
+        The first seed also pays for what comes before all of them: the head's start, the check of bfloat16.
+        """
+        before = sum(self.arm.before.values()) if self.seed == self.arm.settled.seeds[0] else 0.0
+        used = before * self.arm.team.world if self.arm.team.device.startswith("cuda") else 0.0
+        total = {
+            name: round(extra + sum(cost[name] for cost in self.costs), 3)
+            for name, extra in (("seconds", before), ("gpu_seconds", used))
+        }
         largest = {
             name: max(cost[name] for cost in self.costs) for name in ("peak_memory_bytes", "peak_gpu_memory_bytes")
         }
@@ -264,20 +301,47 @@ class _Trials:
         }
 
     def _about(self, choices: dict[str, Any], folder: Path) -> None:
-        """Beside the weights, what they are."""
-        arm = self.arm
+        """Beside the weights, what they are and which rows they have seen (`featstore.pretraining.runs_behind`)."""
+        arm, source, values = self.arm, self.arm.source, self.arm.settled.values
         if not arm.team.writes:
             return
+        task = trained_task(self.task)
+        manifest, spec = task.features.manifest, task.features.spec
+        before = {"random": source.random, "pretraining": spec["weights"].get("pretraining")}
+        begun = f"{source.name.removesuffix(RANDOM_ENDING)}-{arm.settled.method}-seed{self.seed}"
+        run = {
+            "name": begun + ("-from-random-weights" if source.random else ""),
+            "method": arm.settled.method,
+            "preset": arm.settled.preset.name,
+            "seed": self.seed,
+            "changed": arm.settled.method != "linear-online",
+            "refit": bool(values["refit"]),
+            "dataset": manifest.name,
+            "adapter": manifest.meta["adapter"],
+            "manifest": manifest.digest,
+            "fingerprint": spec["fingerprint"],
+            "task": {"name": task.name, "digest": task.digest, "spec": task.spec.as_dict()},
+            "started_from": before,
+        }
+        weights = folder / MODEL
         said = {
-            "model": arm.source.model,
-            "started_from": {**arm.source.weights, "random": arm.source.random},
+            "model": source.model,
+            "digest": digest_files((weights,)) if weights.is_file() else None,
+            "trained_on": [*source.weights.get("trained_on", []), run],
+            "started_from": {**source.weights, "random": source.random},
             "identity": arm.identity,
             "features": arm.features,
             "labels": list(self.task.labels),
             "options": arm.settled.options(self.seed),
-            "chosen": {name: choices[name] for name in ("lr", "head_lr", "epoch")},
+            "chosen": {name: choices[name] for name in ("lr", "head_lr", "epoch", "refit_epochs") if name in choices},
         }
-        files.write_atomic(folder / ABOUT, json.dumps(said, indent=1, default=str).encode())
+        files.write_atomic(folder / RUN_FACTS, json.dumps(said, indent=1, default=str).encode())
+
+
+def _spent(seconds: float, team: Team) -> dict[str, Any]:
+    """The cost of a run that came to nothing."""
+    used = seconds * team.world if team.device.startswith("cuda") else 0.0
+    return {"seconds": seconds, "gpu_seconds": used, "peak_memory_bytes": 0, "peak_gpu_memory_bytes": 0}
 
 
 def _tried(result: TuningResult) -> dict[str, Any]:
@@ -328,30 +392,49 @@ def _largest(cost: dict[str, Any], path: Path, team: Team) -> dict[str, Any]:
 def _start(arm: Arm, task: Task) -> tuple[LinearStart, dict[str, Any]]:
     """The linear probe that heads start from, kept for the runs that go on."""
     path = arm.root / START
-    if path.is_file():
-        try:
-            with np.load(io.BytesIO(path.read_bytes())) as held:
-                arrays = {name: held[name] for name in ("weight", "bias", "mean", "scale")}
-                facts = json.loads(str(held["facts"]))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise CorruptError(f"{path} is damaged; remove it, and the head's start is fitted again") from error
-        arm.team.wait()
-        return LinearStart(**arrays), facts
+    with alone(arm.root, arm.team, arm.stop):  # commands for other seeds need the same one
+        if not arm.team.any([path.is_file()])[0]:
+            _fit_start(arm, task, path)
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as held:
+            arrays = {name: held[name] for name in ("weight", "bias", "mean", "scale")}
+            facts = json.loads(str(held["facts"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CorruptError(f"{path} is damaged; remove it, and the head's start is fitted again") from error
+    _pays(arm, START)
+    return LinearStart(**arrays), facts
+
+
+def _fit_start(arm: Arm, task: Task, path: Path) -> None:
+    spent = arm.root / FROZEN / COSTS
+    before = files.unseal(spent.read_bytes(), spent)["seconds"] if spent.is_file() else 0.0
+    began = time.monotonic() - before
     log.info("fitting the linear probe that the head starts from")
-    batch = arm.work.micro or arm.settled.values["batch"]
-    start, facts = linear_start(
-        task, arm.trainable(), arm.features, arm.team, batch=batch, class_weight=arm.settled.values["class_weight"]
-    )
-    arm.team.wait()  # before one of them writes what the others look for
+    values = arm.settled.values
+    try:
+        start, facts = linear_start(
+            task,
+            arm.trainable(),
+            arm.features,
+            arm.team,
+            batch=arm.work.micro or values["batch"],
+            class_weight=values["class_weight"],
+            folder=arm.root / FROZEN,
+            stop=arm.stop,
+        )
+    except Stopped:
+        if arm.team.writes:
+            files.write_atomic(spent, files.sealed({"seconds": round(time.monotonic() - began, 3)}))
+        raise
     if arm.team.writes:
+        _pays(arm, START, time.monotonic() - began)  # not in the file, whose bytes are those of any other attempt
         sink = io.BytesIO()
         arrays = {"weight": start.weight, "bias": start.bias, "mean": start.mean, "scale": start.scale}
         held = {name: np.asarray(value) for name, value in arrays.items()}
         np.savez(sink, allow_pickle=False, facts=np.array(json.dumps(facts)), **held)
-        files.make_folder(arm.root)
         files.write_atomic(path, sink.getvalue())
+        shutil.rmtree(arm.root / FROZEN, ignore_errors=True)
     arm.team.wait()
-    return start, facts
 
 
 def _parity(arm: Arm, task: Task, start: LinearStart | None) -> dict[str, Any]:
@@ -359,7 +442,9 @@ def _parity(arm: Arm, task: Task, start: LinearStart | None) -> dict[str, Any]:
     path = arm.root / PARITY
     if path.is_file():
         found: dict[str, Any] = files.unseal(path.read_bytes(), path)
+        _pays(arm, PARITY)
         return found
+    began = time.monotonic()
     log.info("checking bfloat16 against float32")
     rate = arm.settled.rates[-1]
 
@@ -373,6 +458,17 @@ def _parity(arm: Arm, task: Task, start: LinearStart | None) -> dict[str, Any]:
     facts = check_parity(task, make, arm.recipe(rate, arm.settled.train_seed), arm.root / "parity", arm.team)
     facts["lr"] = rate[0]
     if arm.team.writes:
+        _pays(arm, PARITY, time.monotonic() - began)
         files.write_atomic(path, files.sealed(facts))
     arm.team.wait()
     return facts
+
+
+def _pays(arm: Arm, what: str, seconds: float | None = None) -> None:
+    """Note what a part that comes before all runs took, beside them for those that go on; None reads it again."""
+    path = arm.root / COSTS
+    held: dict[str, float] = json.loads(path.read_bytes()) if path.is_file() else {}
+    if seconds is not None:
+        held[what] = round(seconds, 3)
+        files.write_atomic(path, json.dumps(held).encode())
+    arm.before[what] = held.get(what, 0.0)

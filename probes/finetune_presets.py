@@ -103,6 +103,7 @@ _RADIOLOGY_GAPS = (
     "the head reads one choice of features; published: heads on the last 1 or 4 blocks, with and without the mean "
     "patch, are among those that validation chooses from",
     "validation chooses an epoch too; published: a setting",
+    "a column of two classes has two logits and cross-entropy; published: one, with binary cross-entropy",
     PUBLISHED_SEEDS,
 )
 
@@ -208,7 +209,9 @@ class Settled:
         """Seeds of the repetitions."""
         return range(self.train_seed, self.train_seed + int(self.values["seeds"]))
 
-    def recipe(self, rate: tuple[float, float | None], seed: int, *, micro: int | None = None) -> TuningRecipe:
+    def recipe(
+        self, rate: tuple[float, float | None], seed: int, *, micro: int | None = None, stop_after: int | None = None
+    ) -> TuningRecipe:
         """How one run is trained.
 
         Raises:
@@ -223,7 +226,7 @@ class Settled:
             weight_decay=chosen["weight_decay"],
             layer_decay=chosen["layer_decay"],
             schedule=chosen["schedule"],
-            warmup=min(chosen["warmup"], chosen["epochs"]),
+            warmup=chosen["warmup"],
             clip=none["clip"],
             ema=none["ema"],
         )
@@ -231,6 +234,7 @@ class Settled:
             epochs=chosen["epochs"],
             batch=chosen["batch"],
             micro=micro,
+            stop_after=stop_after,
             keep=chosen["keep"],
             patience=none["patience"],
             class_weight="balanced" if chosen["class_weight"] == "balanced" else None,
@@ -295,6 +299,8 @@ def settle(method: MethodConfig, steps: StepsConfig, augment: AugmentConfig, tri
                     f"{flag_of(item.name)} {_said(given)}; {preset.name} has {_said(values.get(item.name))}"
                 )
             values[item.name] = given
+    if steps.warmup is None:  # the preset's own gives way to fewer epochs; one that was asked for must fit
+        values["warmup"] = min(values["warmup"], values["epochs"])
     found = Settled(
         preset=preset,
         method=what,

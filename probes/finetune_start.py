@@ -2,24 +2,26 @@
 
 import shutil
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float32
+from torch import Tensor
 
+from featstore import files
 from featstore.backbones.trainable import Trainable
 from featstore.errors import ConfigError
+from featstore.extraction.stopping import Stop
 from probes.configs import LinearConfig
 from probes.linear import choose_C, kind_of, logistic_head, probabilities_per_C
 from probes.logistic import DEFAULT_C
 from probes.selection import check_two_classes, macro_quality
 from probes.tasks import Task
+from probes.tuning_activations import Activations
 from probes.tuning_augment import Augmenter
-from probes.tuning_feed import Feed, PixelFeed
+from probes.tuning_feed import Feed, PixelFeed, fill_rows
 from probes.tuning_images import Split, pool_scores, split_images
 from probes.tuning_images import kind_of as tuned_kind
 from probes.tuning_loop import Data, Run
@@ -36,37 +38,53 @@ SCORE_GAP = 0.02  # mean absolute difference of probabilities that passes
 
 
 def frozen_features(
-    trainable: Trainable, split: Split, features: str, team: Team, *, batch: int
+    trainable: Trainable, split: Split, features: str, team: Team, *, batch: int, folder: Path, stop: Stop | None = None
 ) -> Float32[np.ndarray, "n D"]:
-    """What the frozen network gives for a split's images, in their order, on every process; nothing is stored.
+    """What the frozen network gives for a split's images, in their order, on every process.
 
     Args:
         trainable: a network that no method was applied to, or whose adapters add nothing yet.
+        folder: of this network alone; it keeps what is computed, so that the same call goes on.
+
+    Raises:
+        Stopped: asked to end.
     """
-    mine, _ = team.share(len(split))
-    cuts = [mine[start : start + batch] for start in range(0, len(mine), batch)]
+    key = {"images": files.digest([split.images.manifest.digest, split.rows.tolist()]), "features": features}
+    held = Activations(folder, key, len(split))
     trainable.eval()
-    parts = []
-    with torch.no_grad(), closing(PixelFeed(split, team.device).read(cuts)) as inputs:
-        for images in inputs:
-            parts.append(trainable.features(images, features).float())
-    return team.join(torch.cat(parts), len(split)).cpu().numpy()
+
+    def compute(images: Float32[Tensor, "b 3 H W"]) -> Float32[Tensor, "b D"]:
+        return trainable.features(images, features).float()
+
+    fill_rows(held, split, compute, team, batch=batch, what="frozen features", stop=stop)
+    return held.read(np.arange(len(split))).numpy()
 
 
 def linear_start(
-    task: Task, trainable: Trainable, features: str, team: Team, *, batch: int, class_weight: str
+    task: Task,
+    trainable: Trainable,
+    features: str,
+    team: Team,
+    *,
+    batch: int,
+    class_weight: str,
+    folder: Path,
+    stop: Stop | None = None,
 ) -> tuple[LinearStart, dict[str, Any]]:
     """(the linear probe of the frozen features, what a record says of it): C chosen on validation, as `probes linear`.
 
     Source: Kumar et al. 2022 (LP-FT), arXiv 2202.10054.
 
     Raises:
-        TaskError: a split without both classes of any label.
+        TaskError: a split without both classes of any label. Stopped: asked to end (see `frozen_features`).
     """
     parts = {split: split_images(task, split) for split in ("train", "val")}
     for split, held in parts.items():
         check_two_classes(task, split, held.y, held.mask)
-    X = {split: frozen_features(trainable, held, features, team, batch=batch) for split, held in parts.items()}
+    X = {
+        split: frozen_features(trainable, held, features, team, batch=batch, folder=folder, stop=stop)
+        for split, held in parts.items()
+    }
     weight: Literal["none", "balanced", "positives"] = "none"
     if class_weight == "balanced":
         weight = "balanced" if task.kind == "multiclass" else "positives"

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from featstore.backbones.source import RANDOM_ENDING
 from featstore.objects import Place
+from probes.costs import COSTS_LINE
 from probes.protocol import seed_of, without_seed
 from probes.records import float_or_nan, load_records
 from probes.report import (
@@ -27,10 +29,10 @@ from probes.report import (
 
 def arm_name(record: dict[str, Any]) -> str:
     """`finetune lora (fair)`, `linear`, `knn`."""
-    choices = record["choices"]
+    head = record["config"]["head"]
     if record["probe"] == FINETUNE:
-        return f"{FINETUNE} {choices['method']} ({choices['preset']})"
-    protocol = record["config"]["head"].get("protocol")
+        return f"{FINETUNE} {head['method']} ({head['preset']})"
+    protocol = head.get("protocol")
     return f"{record['probe']}" + (f" ({protocol})" if protocol else "")
 
 
@@ -151,19 +153,25 @@ def arm_table(arms: Sequence[list[dict[str, Any]]]) -> Table:
     return title, [*columns, *COST_COLUMNS, "chosen"], rows
 
 
+def seeds_line(arm: Sequence[dict[str, Any]]) -> str | None:
+    """Mean and spread over the seeds of an arm, from its records alone; None of one seed that was all."""
+    made = arm[0]["choices"].get("budget", {}).get("seeds", len(arm))
+    if max(len(arm), made) < 2:
+        return None
+    test, sd = seeds_mean(arm, "test", "auroc")
+    values = [float_or_nan(record["metrics"]["test"]["macro"]["auroc"]) for record in arm]
+    count = f"{len(arm)} seeds" if len(arm) >= made else f"{len(arm)} of {made} seeds"
+    spread = "" if sd is None else f", sd {sd:.3f}, {min(values):.3f} to {max(values):.3f}"
+    return (
+        f"{arm_name(arm[0])}: test AUROC of {count}: mean {test:.3f}{spread}; "
+        f"the interval is that of seed {seed_of(arm[0])}"
+    )
+
+
 def summary_lines(arm: Sequence[dict[str, Any]]) -> list[str]:
     """Mean and spread over seeds of an arm, and what to do next."""
     ids = ",".join(record["id"] for record in arm)
-    lines = []
-    if len(arm) > 1:
-        test, sd = seeds_mean(arm, "test", "auroc")
-        values = [float_or_nan(record["metrics"]["test"]["macro"]["auroc"]) for record in arm]
-        lines.append(
-            f"{arm_name(arm[0])}: test AUROC of {len(arm)} seeds: mean {test:.3f}, sd {sd:.3f}, "
-            f"{min(values):.3f} to {max(values):.3f}; the interval is that of seed {seed_of(arm[0])}"
-        )
-    lines.append(f"compare it: probes compare FROZEN {ids}")
-    return lines
+    return [*filter(None, [seeds_line(arm)]), f"compare it: probes compare FROZEN {ids}"]
 
 
 def print_arms(records: list[dict[str, Any]], folder: Place, show: Callable[..., None]) -> None:
@@ -173,38 +181,45 @@ def print_arms(records: list[dict[str, Any]], folder: Place, show: Callable[...,
         mine = [record for record in records if task_key(record) == key]
         same = [record for record in kept if task_key(record) == key]
         same = list({record["id"]: record for record in same}.values())
-        arms = arms_of(same)
-        if arms:
-            show(*arm_table(arms), right=("seeds", *COST_COLUMNS))
-        own = arms_of(mine)
+        arms, own = arms_of(same), arms_of(mine)
+        if not own:  # single folds, of which the record over all of them says everything
+            _print_extract_lines(mine)
+            continue
+        show(*arm_table(arms), right=("seeds", *COST_COLUMNS))
         for arm in own:
             show(*label_table(arm[0]), right=("positives", "n"))
         for note in notes_of(mine):
             print(f"  {note}")
         for text in dict.fromkeys(text for record in mine for text in record["deviations"]):
-            print(f"  not as {mine[0]['choices']['preset']} has it: {text}")
-        print("  time and memory of a frozen probe are those of its head; extraction is paid once for all heads")
+            print(f"  not as {mine[0]['config']['head']['preset']} has it: {text}")
+        print(f"  {COSTS_LINE}")
         for arm in own:
             for line in summary_lines(arm):
                 print(f"  {line}")
-        for record in mine:
-            if record["choices"].get("weights"):
-                print(f"  features of seed {seed_of(record)}: {extract_line(record)}")
+        _print_extract_lines(mine)
+
+
+def _print_extract_lines(records: Sequence[dict[str, Any]]) -> None:
+    for record in records:
+        if record["choices"].get("weights"):
+            fold = f", fold {record['fold']['number']}" if "fold" in record else ""
+            print(f"  features of seed {seed_of(record)}{fold}: {extract_line(record)}")
 
 
 def extract_line(record: dict[str, Any]) -> str:
-    """The command that makes a set of features from the trained network, under a name of its own."""
+    """The command that makes a set of features from the trained network, whose name says what trained it."""
     import shlex
 
     network, images, data = (record["config"][name] for name in ("network", "images", "evaluation"))
     choices = record["choices"]
-    name = f"{record['set'].partition('/')[2].partition('@')[0].removesuffix('-random')}-{choices['method']}"
+    model, weights = data["model"], choices["weights"]
+    if model.startswith("hf:"):  # a folder that names its weights itself, and so does the run's
+        model, weights = f"hf:{weights}", None
     options = {
         "dataset": data["dataset"],
-        "model": data["model"],
+        "model": model.removesuffix(RANDOM_ENDING),
         "res": network["res"] or record["set"].rpartition("@")[2],
-        "weights": choices["weights"],
-        "name": f"{name}-seed{seed_of(record)}" + ("-from-random-weights" if record["random_weights"] else ""),
+        "weights": weights,
         "norm": network["norm"],
         "pos-interp": network["pos_interp"],
         "geometry": images["geometry"] if images["geometry"] != "squash" else None,

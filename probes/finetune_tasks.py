@@ -51,3 +51,15 @@ def refit_task(task: Task) -> Task:
     if isinstance(task, CrossTask):
         return RefitCrossTask(**_values(task), target=task.target)
     return RefitTask(**_values(task))
+
+
+def trained_task(task: Task) -> Task:
+    """The task whose rows train: the task itself, without the test rows of another data set."""
+    if isinstance(task, RefitCrossTask):
+        return RefitTask(**_values(task))
+    return Task(**_values(task)) if isinstance(task, CrossTask) else task
+
+
+def training_digest(task: Task) -> str:
+    """Changes with everything of a task that training sees: its rows and labels, not what it is tested on."""
+    return files.digest([trained_task(task).digest, list(task.labels)])

@@ -6,6 +6,7 @@ Sources: Ilse et al. 2018, arXiv 1802.04712 (gated attention); arXiv 2509.06467 
 optimizer, rate and epochs are not stated: the defaults are ours).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -84,7 +85,7 @@ class MilHead(nn.Module):
         return torch.as_tensor(self.classify(pooled))
 
 
-class Bags:
+class Bags(ABC):
     """Bags of rows; `values` reads rows of the split by position, `units` says which belong together."""
 
     def __init__(self, units: Units, device: str) -> None:
@@ -97,9 +98,9 @@ class Bags:
     def __len__(self) -> int:
         return len(self.members)
 
+    @abstractmethod
     def values(self, rows: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, "n D"]:
         """Features of instances."""
-        raise NotImplementedError
 
     def standardize(self, mean: Float[np.ndarray, " D"], scale: Float[np.ndarray, " D"]) -> None:
         """Scale instances as they are read from now on."""

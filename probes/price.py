@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from probes.configs import parse_numbers
+from probes.costs import COSTS_LINE
 from probes.finetune_table import COST_COLUMNS, arm_name, cost_cells, total_cost
 from probes.paired import LOSSES
 from probes.protocol import seed_of
@@ -15,6 +16,7 @@ from probes.report import FINETUNE, Table
 NUM_DEFAULT_C = 45  # strengths that `probes linear` tries unless told otherwise
 BY_SEED = ("mlp", "attentive", "mil", FINETUNE)  # draw first weights, orders, ...; a linear protocol does too
 NONE = "none"
+SETTLED = ("class_weight", "start", "keep", "patience", "compute_dtype", "refit")  # options that methods share
 
 
 def budget_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -95,6 +97,20 @@ def _unequal(
     ):
         if of_a != of_b:
             found.append(f"{name}: not the same")
+    if a[0]["features"] != b[0]["features"]:
+        found.append(f"features that the head reads: A {a[0]['features']}, B {b[0]['features']}")
+    pixels = [
+        {name: value for name, value in (side[0]["preprocess"] or {}).items() if name != "geometry"} for side in (a, b)
+    ]
+    if differing := sorted(
+        name for name in pixels[0].keys() | pixels[1].keys() if pixels[0].get(name) != pixels[1].get(name)
+    ):
+        found.append(f"images: not the same {', '.join(differing)}")
+    if a[0]["probe"] == b[0]["probe"] == FINETUNE:
+        heads = [side[0]["config"]["head"] for side in (a, b)]
+        for name in SETTLED:
+            if heads[0].get(name) != heads[1].get(name):
+                found.append(f"{name}: A {heads[0].get(name, NONE)}, B {heads[1].get(name, NONE)}")
     if own["configurations"] is None or own["configurations"] != other["configurations"]:
         found.append(
             f"configurations that validation chose from: A {_said(own['configurations'])}, "
@@ -144,7 +160,7 @@ def price_table(price: dict[str, Any]) -> Table:
 
 def price_lines(price: dict[str, Any]) -> list[str]:
     """The verdict, or why there is none and how to come to one."""
-    lines = ["time and memory of a frozen probe are those of its head; extraction is paid once for all heads"]
+    lines = [COSTS_LINE]
     if not price["unequal"]:
         return [*lines, f"verdict, at equal budgets: {price['verdict']}"]
     arms = [price[side]["arm"] for side in "ab"]

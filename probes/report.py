@@ -5,6 +5,7 @@ and are never ranked with them."""
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from probes.costs import COSTS_LINE
 from probes.policies import POLICIES
 from probes.records import float_or_nan
 from probes.units import PLURALS
@@ -315,12 +316,14 @@ def print_tables(records: list[dict[str, Any]], show: Callable[..., None]) -> No
 
 def _print_arms(records: list[dict[str, Any]], show: Callable[..., None]) -> None:
     """Print fine-tuned networks beside the frozen probes of the same task, one table a task."""
-    from probes.finetune_table import COST_COLUMNS, arm_table, arms_of, task_key  # which takes titles from here
+    # These take titles from here.
+    from probes.finetune_table import COST_COLUMNS, arm_table, arms_of, seeds_line, task_key
 
     for key in dict.fromkeys(task_key(record) for record in records if record["probe"] == FINETUNE):
         arms = arms_of([record for record in records if task_key(record) == key])
         tuned = [record for arm in arms for record in arm if record["probe"] == FINETUNE]
         if tuned:
             show(*arm_table(arms), right=("seeds", *COST_COLUMNS))
-            for note in notes_of(tuned):
-                print(f"  {note}")
+            spreads = [seeds_line(arm) for arm in arms if arm[0]["probe"] == FINETUNE]
+            for line in [*notes_of(tuned), COSTS_LINE, *filter(None, spreads)]:
+                print(f"  {line}")

@@ -1,5 +1,7 @@
 """Which rows train, select and test: filters, splits and groups. No split ever has two roles."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool
 
@@ -9,6 +11,7 @@ from featstore.errors import TaskError
 from probes.taskspec import TaskSpec
 
 SPLITS = ("train", "val", "test")
+USES = {"train": "train", "val": "select", "test": "test"}
 
 
 def parse_where(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -106,7 +109,11 @@ def _volumes_are_cut(manifest: Manifest) -> bool:
 
 
 def assign_roles(
-    split: np.ndarray, groups: np.ndarray, spec: TaskSpec, keep: Bool[np.ndarray, " N"]
+    split: np.ndarray,
+    groups: np.ndarray,
+    spec: TaskSpec,
+    keep: Bool[np.ndarray, " N"],
+    needed: Sequence[str] = SPLITS,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Roles train, val, test from the splits of the manifest, and notes on how they came about; '' where not `keep`.
 
@@ -115,7 +122,7 @@ def assign_roles(
     one never changes what another is for.
 
     Raises:
-        TaskError: no rows to train on, to select with or to test on.
+        TaskError: no rows to train on, to select with or to test on, as far as they are `needed`.
     """
     role = np.where(keep, split, "")
     notes: list[str] = []
@@ -130,9 +137,10 @@ def assign_roles(
         role[train[carve(groups[train].tolist(), fraction=0.1, seed=spec.seed)]] = "val"
         notes.append(f"val: 10% of the training groups, seed {spec.seed}")
     counts = {name: int((role == name).sum()) for name in SPLITS}
-    if min(counts.values()) == 0:
+    if min(counts[name] for name in needed) == 0:
+        uses = " and ".join(", ".join(USES[name] for name in needed).rsplit(", ", 1))
         raise TaskError(
-            f"task {spec.name!r} needs samples to train, select and test on; it has "
+            f"task {spec.name!r} needs samples to {uses} on; it has "
             + ", ".join(f"{name} {count}" for name, count in counts.items())
             + "; check the split column and --where"
         )

@@ -146,9 +146,7 @@ class Task:
     @cached_property
     def digest(self) -> str:
         """Changes with labels, policies, filters, splits or the manifest; only records with equal ones are ranked."""
-        return files.digest(
-            [self.spec.as_dict(), self.features.manifest.digest, files.digest(",".join(self.role).encode())]
-        )
+        return task_digest(self.spec, self.features.manifest, self.role)
 
     def index(self, split: str) -> Int[np.ndarray, " n"]:
         """Manifest rows of a split that have features and a label.
@@ -279,15 +277,17 @@ class Task:
         return score(self, split, self.pool(split, scores), resamples=resamples, seed=seed)
 
 
-def make_task(features: FeatureSet, spec: TaskSpec, *, allow_leak: bool = False) -> Task:
-    """Bind a task to a set: read labels, assign roles, check groups.
+class _Bound(NamedTuple):
+    """Labels and roles of a manifest's rows under a task; `role` is '' for rows that it does not use."""
 
-    Raises:
-        UnknownNameError: a label or filter column is absent.
-        TaskError: a label column is unusable, or a split has nothing to fit or score.
-        LeakError: a group, a unit or an image crosses splits.
-    """
-    manifest = features.manifest
+    targets: Targets
+    role: np.ndarray
+    groups: np.ndarray
+    test_key: str
+    notes: tuple[str, ...]
+
+
+def _bind(manifest: Manifest, spec: TaskSpec, splits: Sequence[str] = SPLITS) -> _Bound:
     _check_columns(manifest, spec)
     check_spec(spec)
     keep, notes = kept_rows(manifest, spec)
@@ -299,16 +299,49 @@ def make_task(features: FeatureSet, spec: TaskSpec, *, allow_leak: bool = False)
         targets = targets if (role != "").sum() == keep.sum() else _read(manifest, spec, role != "")
     else:
         split, more = split_of(manifest, spec)
-        role, assigned = assign_roles(split, groups, spec, keep)
+        role, assigned = assign_roles(split, groups, spec, keep, splits)
         targets, how = _read(manifest, spec, role != ""), (*more, *assigned)
     test_key = _test_key(manifest, role)
     labelled, unlabelled = _labelled(manifest, spec, role != "")
     known = labelled.reshape(labelled.shape + (1,) * (targets.mask.ndim - 1))
     targets = replace(targets, mask_train=targets.mask_train & known, mask=targets.mask & known)
     role, dropped = _drop(role, targets.dropped_train, targets.dropped)
+    notes = (*notes, *how, *without_effect(spec), *unlabelled, *dropped)
+    return _Bound(targets, role.astype("U5"), groups, test_key, notes)
+
+
+def roles_of(manifest: Manifest, spec: TaskSpec) -> Shaped[np.ndarray, " N"]:
+    """train, val, test or '' of every row, as the task has them on any set of this manifest.
+
+    Raises:
+        UnknownNameError, TaskError: as `make_task`.
+    """
+    return _bind(manifest, spec).role
+
+
+def task_digest(spec: TaskSpec, manifest: Manifest, role: Shaped[np.ndarray, " N"]) -> str:
+    """Changes with labels, policies, filters, splits or the manifest."""
+    return files.digest([spec.as_dict(), manifest.digest, files.digest(",".join(role).encode())])
+
+
+def make_task(
+    features: FeatureSet, spec: TaskSpec, *, allow_leak: bool = False, splits: Sequence[str] = SPLITS
+) -> Task:
+    """Bind a task to a set: read labels, assign roles, check groups.
+
+    `splits` are those that may not be empty: a data set that another task is tested on needs no others than `test`.
+
+    Raises:
+        UnknownNameError: a label or filter column is absent.
+        TaskError: a label column is unusable, or a split has nothing to fit or score.
+        LeakError: a group, a unit or an image crosses splits.
+    """
+    manifest = features.manifest
+    targets, role, groups, test_key, notes = _bind(manifest, spec, splits)
     targets, noisy = _with_noise(manifest, spec, targets, role == "train")
     units = unit_ids(manifest, spec, role != "")
-    notes = (*notes, *how, *without_effect(spec), *unlabelled, *dropped, *noisy)
+    notes = (*notes, *noisy, *_leaks(role, groups, units, spec.unit, allow_leak))
+    notes = (*notes, *_repeated(features, role, allow_leak), *_learned(features, role, allow_leak))
     task = Task(
         spec,
         features,
@@ -318,14 +351,14 @@ def make_task(features: FeatureSet, spec: TaskSpec, *, allow_leak: bool = False)
         targets.mask_train,
         targets.y,
         targets.mask,
-        role.astype("U5"),
+        role,
         groups,
-        (*notes, *_leaks(role, groups, units, spec.unit, allow_leak), *_repeated(features, role, allow_leak)),
+        notes,
         units,
         test_key,
         allow_leak,
     )
-    for name in SPLITS:
+    for name in splits:
         if len(task.index(name)) == 0:
             raise TaskError(
                 f"task {spec.name!r}: none of the {(role == name).sum()} {name} samples has a label and features; "
@@ -442,3 +475,16 @@ def _repeated(features: FeatureSet, role: np.ndarray, allow_leak: bool) -> tuple
         group_of(features.manifest),
         allow_leak,
     )
+
+
+def _learned(features: FeatureSet, role: np.ndarray, allow_leak: bool) -> tuple[str, ...]:
+    """Notes on rows that a fine-tuned network was trained or chosen on.
+
+    Raises:
+        LeakError: test rows are among them, and that is not allowed.
+    """
+    if not features.spec["weights"].get("trained_on"):
+        return ()
+    from probes.learned import learned_rows  # which asks for the roles of other tasks
+
+    return learned_rows(features, role, allow_leak=allow_leak)

@@ -82,3 +82,16 @@ class TaskSpec:
             for item in fields(self)
             if item.name in first or getattr(self, item.name) != item.default
         }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "TaskSpec":
+        """What `as_dict` gave, also after a turn through JSON."""
+        found = {name: _tuples(value) for name, value in values.items()}
+        for name, kind in (("train_policy", Policy), ("eval_policy", Policy), ("fold", Fold), ("noise", Noise)):
+            if isinstance(found.get(name), dict):
+                found[name] = kind(**{key: _tuples(value) for key, value in found[name].items()})
+        return TaskSpec(**found)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

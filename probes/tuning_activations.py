@@ -182,13 +182,13 @@ class Activations:
         for position in positions.tolist():
             block, place = divmod(position, BLOCK)
             data, sums = self._open(block)
-            row = data[place].tobytes()
+            row = data[place]
             if google_crc32c.value(row) != sums[place]:
                 raise CorruptError(
                     f"{self._data(block)}: row {place} differs from its checksum; remove the folder {self.folder}, and "
                     "it is made again"
                 )
-            rows.append(np.frombuffer(row, self._kind).reshape(data.shape[1:]))
+            rows.append(row)
         found = torch.from_numpy(np.stack(rows))
         return found if self.dtype == "float32" else found.view(torch.bfloat16).float()
 

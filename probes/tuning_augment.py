@@ -6,7 +6,7 @@ of the store's augmented views (`featstore.images.augment`), the epoch in the pl
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,9 @@ from featstore.images.augment import RECIPES, Augment, draw
 from probes.tuning_recipe import AugmentRecipe, Crop, Flip
 
 SIDES = {"left": "right", "right": "left", "l": "r", "r": "l", "lt": "rt", "rt": "lt"}
-WHOLE = ("left", "right")  # sides that are words; the short ones count only as a name's last part
+WHOLE = ("left", "right")  # sides that are words; the short ones count only at the ends of a name
+EYES = {"od": "os", "os": "od"}
+CAPITALS = re.compile(r"[LR][A-Z]{1,3}")
 CROPS: dict[Crop, Augmentation] = {"0.75-1": "radiology", "0.08-1": "dino"}
 TURNS: Augmentation = "chest"
 DEVIATION = "crops are cut from the stored image and not from the source at its full size"
@@ -162,22 +164,28 @@ def _pick(
     return found.view_as(values) * inside[:, None]
 
 
-def other_side(label: str) -> str | None:
+def other_side(label: str, labels: Collection[str] = ()) -> str | None:
     """The label's name with left and right exchanged; None where it names no side.
 
     A side is the word left or right anywhere among the parts of a name (`effusion_left`, `Left lung`, `LeftEffusion`),
-    or L, R, LT, RT as its last part (`effusion_R`), in any spelling of capitals.
+    or L, R, LT, RT as its only, first or last part (`effusion_R`, `rt_effusion`; not before a number, as the vertebra
+    in `L1 fracture`), in any spelling of capitals. Anything that could be one (OD and OS, LLL and RLL, `lung l upper`)
+    is one where the name that the exchange gives stands among `labels`.
     """
     parts: list[str] = PARTS.findall(label)
     words = [place for place, part in enumerate(parts) if part[0].isalpha()]
-    changed = False
+    sure, possible = list(parts), list(parts)
     for place in words:
-        word = parts[place].lower()
-        last = place == words[-1] and len(words) > 1
-        if word in WHOLE or (last and word in SIDES):
-            parts[place] = _spelled(SIDES[word], parts[place])
-            changed = True
-    return "".join(parts) if changed else None
+        word, following = parts[place].lower(), "".join(parts[place + 1 :]).lstrip(" _-.")[:1]
+        outer = place in (words[0], words[-1]) and not following.isdigit()
+        if word in WHOLE or (word in SIDES and outer):
+            sure[place] = _spelled(SIDES[word], parts[place])
+        if word in SIDES or word in EYES:
+            possible[place] = _spelled({**SIDES, **EYES}[word], parts[place])
+        elif CAPITALS.fullmatch(parts[place]):  # LLL, RCC, LVH
+            possible[place] = _spelled(SIDES[word[0]], "L") + parts[place][1:]
+    found = ["".join(each) for each in (sure, possible) if each != parts]
+    return next((name for name in found if name in labels), "".join(sure) if sure != parts else None)
 
 
 def _spelled(word: str, like: str) -> str:
@@ -191,7 +199,7 @@ def settle_flip(flip: Flip, labels: Sequence[str]) -> tuple[Flip, Int64[np.ndarr
         ConfigError: `mapped` where a label's other side is not among the labels.
     """
     numbers = {label: number for number, label in enumerate(labels)}
-    others = [other_side(label) for label in labels]
+    others = [other_side(label, labels) for label in labels]
     single = [label for label, other in zip(labels, others) if other is not None and other not in numbers]
     swapped = np.array(
         [number if other is None else numbers.get(other, number) for number, other in enumerate(others)], np.int64

@@ -1,8 +1,11 @@
 """What a network is fed in training and measuring: images, normalised on the device, or cached activations."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from torch import Tensor
 from featstore import files
 from featstore.errors import ConfigError
 from featstore.extraction.device import Transfers
+from featstore.extraction.stopping import Stop
 from featstore.images import to_pixels
 from probes.tuning_activations import Activations, Entry, check_entry, entry_block, frozen_digest
 from probes.tuning_augment import Augmenter, Draws
@@ -20,6 +24,9 @@ from probes.tuning_images import Split
 from probes.tuning_model import Tuned
 from probes.tuning_ranks import Team
 from probes.tuning_recipe import Precision
+from probes.tuning_watch import Watch, check_asked
+
+AHEAD = 2  # batches of activations that are read before they are asked for
 
 Cuts = Sequence[Int64[np.ndarray, "..."]]
 
@@ -60,12 +67,62 @@ class ActivationFeed(Feed):
     def read(self, cuts: Cuts, draws: Sequence[Draws] | None = None) -> Generator[Float32[Tensor, "..."]]:
         if draws is not None:
             raise ConfigError("cached activations are of images as they are; leave augmentation or --from-cache out")
-        for cut in cuts:
-            yield self._held.read(self._positions[cut]).to(self._device)
+        with ThreadPoolExecutor(1, "activations") as reader:
+            ahead = deque(reader.submit(self._rows, cut) for cut in cuts[:AHEAD])
+            for number in range(len(cuts)):
+                rows = ahead.popleft().result()
+                if number + AHEAD < len(cuts):
+                    ahead.append(reader.submit(self._rows, cuts[number + AHEAD]))
+                yield rows.to(self._device)
+
+    def _rows(self, cut: Int64[np.ndarray, " b"]) -> Float32[Tensor, "b ..."]:
+        return self._held.read(self._positions[cut])
+
+
+def fill_rows(
+    held: Activations,
+    split: Split,
+    compute: Callable[[Float32[Tensor, "b 3 H W"]], Float32[Tensor, "b ..."]],
+    team: Team,
+    *,
+    batch: int,
+    what: str,
+    stop: Stop | None = None,
+) -> None:
+    """Compute what `held` lacks of a split's images; the processes of a team share its blocks. `what` begins its lines.
+
+    Raises:
+        Stopped: asked to end; committed blocks stay.
+    """
+    missing: list[int] = team.objects(held.missing)[0]
+    mine = missing[team.rank :: team.world]
+    rounds = len(missing[:: team.world])  # as many for all
+    sizes = [held.rows_of(block) for block in mine]
+    cuts = [rows[start : start + batch] for rows in sizes for start in range(0, len(rows), batch)]
+    total = sum(len(held.rows_of(block)) for block in missing)
+    with Watch(what, total, team, stop) as watch, closing(PixelFeed(split, team.device).read(cuts)) as inputs:
+        for number in range(rounds):
+            rows = sizes[number] if number < len(mine) else np.arange(0)
+            if len(rows):
+                with torch.no_grad():
+                    parts = [compute(next(inputs)) for _ in range(0, len(rows), batch)]
+                held.write(mine[number], torch.cat(parts))
+                watch.kept()
+            asked, _ = watch.step(len(rows))
+            if number + 1 < rounds:  # else it is done
+                check_asked(asked, stop)
+    team.wait()
 
 
 def cache_activations(
-    model: Tuned, splits: dict[str, Split], team: Team, folder: Path, *, batch: int, dtype: Precision = "float32"
+    model: Tuned,
+    splits: dict[str, Split],
+    team: Team,
+    folder: Path,
+    *,
+    batch: int,
+    dtype: Precision = "float32",
+    stop: Stop | None = None,
 ) -> dict[str, Feed]:
     """Make the model go on from its last frozen block, and give what it is fed for each split.
 
@@ -73,7 +130,7 @@ def cache_activations(
     it depends on the head, the method's settings or the seed, so that all runs of a network share it.
 
     Raises:
-        ConfigError: see `entry_block` and `check_entry`.
+        ConfigError: see `entry_block` and `check_entry`. Stopped: asked to end; what is committed stays.
     """
     number = entry_block(model.adapted, model.features)
     trainable = model.trainable
@@ -93,26 +150,16 @@ def cache_activations(
             "precision": model.precision,
         }
         held = Activations(folder, key, len(split), dtype)
-        _fill(held, model, split, entry, team, batch)
+        was = trainable.training
+        trainable.eval()
+        what = f"frozen blocks, {name} images"
+        fill_rows(held, split, partial(_taken, model, entry), team, batch=batch, what=what, stop=stop)
+        trainable.train(was)
         feeds[name] = ActivationFeed(held, np.arange(len(split)), team.device)
     model.entry = entry
     return feeds
 
 
-def _fill(held: Activations, model: Tuned, split: Split, entry: Entry, team: Team, batch: int) -> None:
-    trainable, kind = model.trainable, model.trainable.device.type
-    was = trainable.training
-    trainable.eval()
-    mine = held.missing[team.rank :: team.world]
-    sizes = [held.rows_of(block) for block in mine]
-    cuts = [rows[start : start + batch] for rows in sizes for start in range(0, len(rows), batch)]
-    with closing(PixelFeed(split, team.device).read(cuts)) as inputs:
-        for block, rows in zip(mine, sizes):
-            parts = []
-            for _ in range(0, len(rows), batch):
-                images = next(inputs)
-                with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=model.precision == "bfloat16"):
-                    parts.append(entry.take(lambda images=images: trainable.features(images, model.features)).float())  # type: ignore[misc]
-            held.write(block, torch.cat(parts))
-    trainable.train(was)
-    team.wait()
+def _taken(model: Tuned, entry: Entry, images: Float32[Tensor, "b 3 H W"]) -> Float32[Tensor, "b ..."]:
+    with torch.autocast(model.trainable.device.type, torch.bfloat16, enabled=model.precision == "bfloat16"):
+        return entry.take(lambda: model.trainable.features(images, model.features)).float()

@@ -6,6 +6,7 @@ few, or decoded in every epoch. No feature that was ever extracted is read.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from featstore.configs import RunConfig
 from featstore.datasets.manifest import MISSING
 from featstore.errors import ConfigError, DecodeError, IncompleteError, TaskError
-from featstore.extraction.decoded_cache import CachedImages, fill_cache
+from featstore.extraction.decoded_cache import CachedImages, fill_cache, find_cache
 from featstore.extraction.loader import NO_CONTENT, Batch, Images, Job, check_files, open_loader
 from featstore.extraction.plan import Plan
 from featstore.extraction.stopping import Stop
@@ -23,13 +24,15 @@ from featstore.images import PreprocessSpec
 from featstore.store.commits import RowState
 from featstore.store.features import FeatureSet
 from probes.checks import Kind
+from probes.roles import SPLITS
 from probes.tasks import Task, make_task
 from probes.taskspec import TaskSpec
 from probes.trained import owner_of
 from probes.tuning_ranks import Team
+from probes.tuning_survey import Failures, Kept, look_through
+from probes.tuning_watch import Rate, check_asked
 
 HOLD_BYTES = 2 * 2**30  # of decoded images that are held in memory where there is no decoded cache
-SURVEY = 64  # images of a batch while they are looked through
 
 
 class ImageSet(FeatureSet):
@@ -45,6 +48,7 @@ class ImageSet(FeatureSet):
         self.notes: list[str] = []
         self._hold_bytes = hold_bytes
         self._cache: Any = None
+        self._holds = False
         self._held: dict[int, np.ndarray] = {}
         self._surveyed = np.zeros(len(plan.manifest), bool)
         self._reasons = {
@@ -73,36 +77,55 @@ class ImageSet(FeatureSet):
         found[list(self._reasons)] = False
         return found
 
-    def survey(self, rows: Int64[np.ndarray, " n"], team: Team | None = None, *, stop: Stop | None = None) -> None:
+    def survey(
+        self,
+        rows: Int64[np.ndarray, " n"],
+        team: Team | None = None,
+        *,
+        stop: Stop | None = None,
+        folder: Path | None = None,
+    ) -> None:
         """Decode these samples once, into the cache where the run has one, and find those that fail.
 
-        The processes of a team share the work.
+        The processes of a team share the work. What is found is kept in `folder`, so that the same survey goes on.
 
         Raises:
             ManifestError: files changed since registration. FeatstoreError: too many failures.
+            Stopped: asked to end.
         """
+        team = team or Team()
         if self.run.decoded_cache:
-            self._cache, lines = fill_cache(self.plan, self.run, stop=stop)
-            self.notes += [line for line in lines if line not in self.notes]
+            self._fill(team, stop)
         else:
             check_files(self.manifest, rows)
         rows = rows[~self._surveyed[rows]]
-        team = team or Team()
-        mine = rows[team.rank :: team.world]
+        total = int(self._surveyed.sum()) + len(rows)
         size = 3 * self.preprocess.height * self.preprocess.width
         size *= 1 if self.preprocess.quantise == "uint8" else 4
-        holds = self._cache is None and team.world == 1 and size * len(rows) <= self._hold_bytes
-        states: dict[int, RowState] = {}
-        with self.open([mine[start : start + SURVEY] for start in range(0, len(mine), SURVEY)], check=False) as images:
-            for batch in images:
-                states.update(zip(batch.job.rows, batch.states))
-                if holds:
-                    good = [state.reason is None for state in batch.states]
-                    self._held |= {row: image for row, image, k in zip(batch.job.rows, batch.pixels, good) if k}
-        found = {row: state for part in team.objects(states) for row, state in part.items()}
+        self._holds = self._cache is None and team.world == 1 and size * total <= self._hold_bytes
+        before = {row: reason for row, reason in self._reasons.items() if self._surveyed[row]}
+        found = look_through(
+            lambda jobs: self.open(jobs, check=False),
+            rows,
+            Kept(folder, self.plan.manifest, self.preprocess),
+            Failures(self.run, total, before),
+            team,
+            stop=stop,
+        )
         self._reasons |= {row: state.reason for row, state in found.items() if state.reason is not None}
         self._surveyed[rows] = True
         self._note_contents({row: state.content for row, state in found.items() if state.content != NO_CONTENT})
+
+    def _fill(self, team: Team, stop: Stop | None) -> None:
+        """Decode what the cache lacks, of all the data set."""
+        held = find_cache(self.plan.folder.parents[2], self.plan.manifest, self.preprocess)
+        lacking = len(held.missing(retry_failed=False))
+        # Others may be at it too: this process tells of the blocks that it takes.
+        rate = Rate("images decoded", -(-lacking // team.world), speaks=team.writes)
+        self._cache, lines = fill_cache(self.plan, self.run, advance=lambda images, _: rate.add(images), stop=stop)
+        asked = stop is not None and stop.asked and len(self._cache.missing(retry_failed=False)) > 0
+        check_asked(team.any([asked])[0], stop)
+        self.notes += [line for line in lines if line not in self.notes]
 
     def _note_contents(self, contents: dict[int, str]) -> None:
         # Tasks compare images of different splits by the hashes of their files; some manifests state none.
@@ -125,6 +148,7 @@ class ImageSet(FeatureSet):
             return _Held(self._held, work)
         else:
             images = open_loader(self.plan.manifest, self.preprocess, work, self.run)
+            images = _Holding(images, self._held) if self._holds else images
         return _Checked(images, self.manifest.column("id")) if check else images
 
 
@@ -143,6 +167,27 @@ class _Held(Images):
             channels = max(len(image) for image in images)
             pixels = np.stack([np.broadcast_to(image, (channels, *image.shape[1:])) for image in images])
             yield Batch(job, pixels, [RowState("")] * len(images))
+
+
+class _Holding(Images):
+    """Batches whose good images are held from then on."""
+
+    def __init__(self, images: Images, held: dict[int, np.ndarray]) -> None:
+        self._images, self._held = images, held
+
+    def __enter__(self) -> "_Holding":
+        self._images.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._images.__exit__()
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._images:
+            for row, image, state in zip(batch.job.rows, batch.pixels, batch.states):
+                if state.reason is None:
+                    self._held[row] = image
+            yield batch
 
 
 class _Checked(Images):
@@ -170,16 +215,25 @@ class _Checked(Images):
 
 
 def make_image_task(
-    images: ImageSet, spec: TaskSpec, team: Team | None = None, *, allow_leak: bool = False, stop: Stop | None = None
+    images: ImageSet,
+    spec: TaskSpec,
+    team: Team | None = None,
+    *,
+    allow_leak: bool = False,
+    stop: Stop | None = None,
+    folder: Path | None = None,
+    splits: Sequence[str] = SPLITS,
 ) -> Task:
     """The task on images: every image that it uses is looked at once, and what fails is left out and counted.
 
+    `folder` keeps what is found. `splits`: those that are used, all but for the data set of a test.
+
     Raises:
-        TaskError, LeakError: as `make_task`.
+        TaskError, LeakError: as `make_task`. Stopped: as `ImageSet.survey`.
     """
-    first = make_task(images, spec, allow_leak=True)
-    images.survey(np.flatnonzero(first.role != ""), team, stop=stop)
-    return make_task(images, spec, allow_leak=allow_leak)
+    first = make_task(images, spec, allow_leak=True, splits=splits)
+    images.survey(np.flatnonzero(np.isin(first.role, splits)), team, stop=stop, folder=folder)
+    return make_task(images, spec, allow_leak=allow_leak, splits=splits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +268,10 @@ def kind_of(task: Task) -> Kind:
 
 
 def split_images(task: Task, split: str) -> Split:
-    """The images of a split; those of one unit all have the unit's label.
+    """The images of a split, with the labels that a frozen probe's head has for them.
+
+    Training images keep labels of their own, unless a task pools features; images of a unit that is measured have the
+    unit's.
 
     Raises:
         TaskError: images of one unit are of different classes. ConfigError: the task is on features.
@@ -226,7 +283,7 @@ def split_images(task: Task, split: str) -> Split:
     rows = owner.index(split)
     policy_y, policy_mask = (owner.y_train, owner.mask_train) if split == "train" else (owner.y, owner.mask)
     y, mask = policy_y[rows], policy_mask[rows]
-    if owner.unit_ids is not None:
+    if owner.unit_ids is not None and (split != "train" or owner.pools_features):
         units = owner.units(split)
         of_units = units.labels(y, mask, owner.kind, owner.spec.unit)
         y, mask = of_units[0][units.number], of_units[1][units.number]
@@ -254,8 +311,16 @@ def epoch_order(count: int, seed: int, epoch: int) -> Int64[np.ndarray, " n"]:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def cut_batches(order: Int64[np.ndarray, " n"], batch: int, *, drop_last: bool) -> list[Int64[np.ndarray, "..."]]:
-    """The batches of an epoch, over all processes; with `drop_last` whole ones alone, but at least one."""
+def cut_batches(
+    order: Int64[np.ndarray, " n"], batch: int, *, drop_last: bool, least: int = 1
+) -> list[Int64[np.ndarray, "..."]]:
+    """The batches of an epoch, over all processes; with `drop_last` whole ones alone, but at least one.
+
+    A last one of fewer than `least` images joins the one before.
+    """
     size = min(batch, len(order))
     stop = len(order) // size * size if drop_last else len(order)
-    return [order[start : start + size] for start in range(0, stop, size)]
+    starts = list(range(0, stop, size))
+    if len(starts) > 1 and stop - starts[-1] < least:
+        starts.pop()
+    return [order[start:end] for start, end in zip(starts, [*starts[1:], stop])]

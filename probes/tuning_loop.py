@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 from torch import Tensor, nn
 
-from featstore.errors import Stopped, TaskError
-from featstore.extraction.stopping import AGAIN, Stop
+from featstore.errors import TaskError
+from featstore.extraction.stopping import Stop
 from probes.checks import Kind
 from probes.training import Targets, probabilities
 from probes.tuning_augment import Augmenter
@@ -30,6 +30,7 @@ from probes.tuning_model import Average, Tuned, make_optimizer, optimizer_state,
 from probes.tuning_ranks import Team
 from probes.tuning_recipe import TuningRecipe
 from probes.tuning_state import Checkpoints, Progress
+from probes.tuning_watch import Watch, check_asked
 
 SHOWN_SECONDS = 5.0  # between two lines of progress
 MODEL, OPTIMIZER, AVERAGE = "model:", "optimizer:", "average:"  # begin the names of a checkpoint's tensors
@@ -103,15 +104,15 @@ class Run:
         data = self.data
         self._targets = Targets.of(data.kind, data.train.y, data.train.mask, "cpu", data.weight)
         self._val = Targets.of(data.kind, data.val.y, data.val.mask, self.team.device, data.weight)
-        self._per_epoch = len(cut_batches(np.arange(len(data.train)), recipe.batch, drop_last=recipe.drop_last))
+        self._per_epoch = len(self._cut(np.arange(len(data.train))))
         self._shown = self._counted = time.monotonic()
         self._images = 0
         if kept is None:
             return
         self.progress = kept
-        kept.resumed += 1
         if done:
             return
+        kept.resumed += 1
         tensors = self.checkpoints.last()
         self.model.restore(_below(tensors, MODEL))
         restore_optimizer(self.model, self._optimizer, _below(tensors, OPTIMIZER))
@@ -126,7 +127,7 @@ class Run:
     def _epoch(self) -> None:
         progress, recipe, data = self.progress, self.recipe, self.data
         order = epoch_order(len(data.train), recipe.seed, progress.epoch)
-        steps = [self._plan(batch) for batch in cut_batches(order, recipe.batch, drop_last=recipe.drop_last)]
+        steps = [self._plan(batch) for batch in self._cut(order)]
         left = steps[progress.step :]
         cuts = [cut for step in left for cut in step.cuts]
         draws = [drawn for step in left for drawn in step.draws] if self._augments else None
@@ -152,13 +153,20 @@ class Run:
     def _augments(self) -> bool:
         return self.data.augmenter is not None and self.data.augmenter.changes
 
+    def _cut(self, order: Int64[np.ndarray, " n"]) -> list[Int64[np.ndarray, "..."]]:
+        """The batches of an epoch; where batch norms move each gives every process two images or more."""
+        least = least_images(self.model.trainable.batch_norm == "train", self.team.world)
+        return cut_batches(order, self.recipe.batch, drop_last=self.recipe.drop_last, least=least)
+
     def _plan(self, batch: Int64[np.ndarray, " b"]) -> "_Step":
         """Labels, draws and pieces of a batch; labels are those of the images as they will be, mirrored or not."""
         data, recipe = self.data, self.recipe
         y, mask = self._targets.y.numpy()[batch], self._targets.mask.numpy()[batch] > 0
         mine, counts = self.team.share(len(batch))
         micro = recipe.micro or len(mine)
-        pieces = [mine[start : start + micro] for start in range(0, len(mine), micro)]
+        # One image has no variance, so that it goes with the piece before where batch norms take that of a piece.
+        least = 2 if self.model.trainable.batch_norm == "train" else 1
+        pieces = cut_batches(mine, micro, drop_last=False, least=least)
         draws = []
         if self._augments:
             assert data.augmenter is not None
@@ -221,23 +229,39 @@ class Run:
 
     # Measuring
 
-    def measure(self, split: Split, feed: Feed) -> Float32[Tensor, "n L"]:
-        """Logits of a split in its order, on every process; the model as it is now."""
+    def measure(self, split: Split, feed: Feed, *, may_end: bool = False) -> Float32[Tensor, "n L"]:
+        """Logits of a split in its order, on every process; the model as it is now.
+
+        With `may_end` it is given up where the run is asked to end.
+        """
         mine, _ = self.team.share(len(split))
         size = self.recipe.micro or max(1, -(-self.recipe.batch // self.team.world))
         cuts = [mine[start : start + size] for start in range(0, len(mine), size)]
         self.model.eval()
         found = []
-        with closing(feed.read(cuts)) as inputs, torch.no_grad():
+        watch = Watch("images measured", len(split), self.team, self.stop)
+        with watch, closing(feed.read(cuts)) as inputs, torch.no_grad():
             for batch in inputs:
                 found.append(self.model(batch).float())
-                if self.team.any([self._is_asked() and self.progress.step > 0])[0]:
+                asked, _ = watch.step(len(batch))
+                if asked and may_end:
                     raise _Asked
         return self.team.join(torch.cat(found), len(split))
 
     def scores(self, split: Split, feed: Feed) -> Float64[np.ndarray, "n L"]:
-        """Probabilities of a split's images."""
-        return probabilities(self.measure(split, feed), self.data.kind)
+        """Probabilities of a split's images.
+
+        Raises:
+            Stopped: asked to end; the weights are kept, and the same call measures again.
+        """
+        # Not where nothing that stays was done: ended here each time, no attempt would ever get further.
+        (may_end,) = self.team.any([self.stop is not None and self.stop.has_kept])
+        try:
+            logits = self.measure(split, feed, may_end=may_end)
+        except _Asked:
+            check_asked(True, self.stop)
+            raise
+        return probabilities(logits, self.data.kind)
 
     def _judge(self) -> None:
         """Measure on validation, keep the weights if they are the best so far, and commit the epoch."""
@@ -247,7 +271,9 @@ class Run:
         rows = np.arange(len(data.val))
         try:
             with self._average.shown() if self._average is not None else nullcontext():
-                logits = self.measure(data.val, data.feeds["val"])
+                # Not where this attempt has trained nothing yet: ended here each time, none would ever get further.
+                trained = progress.step > 0 and self._images > 0
+                logits = self.measure(data.val, data.feeds["val"], may_end=trained)
                 loss = float(self._val.loss(logits, rows)) / max(self._val.size(rows), 1e-12)
                 key, quality = [-loss], math.nan
                 if recipe.keep == "auroc" and math.isfinite(loss):
@@ -273,14 +299,14 @@ class Run:
             progress.best, progress.chosen = key, progress.epoch
         idle = progress.epoch - progress.chosen
         over = recipe.patience is not None and idle >= recipe.patience
-        progress.finished = progress.epoch >= recipe.epochs or over
+        progress.finished = progress.epoch >= min(recipe.epochs, recipe.stop_after or recipe.epochs) or over
         log.info(
             "epoch %d/%d: train loss %.4f, val loss %.4f%s", progress.epoch, recipe.epochs, progress.train_loss[-1],
             loss, " (best)" if better else "",
         )  # fmt: skip
         self._save(kept)
-        if not progress.finished and self.team.any([self._is_asked()])[0]:
-            raise Stopped(f"{self._reason()}; {AGAIN}", 0 if self.stop is None else self.stop.code)
+        if self.team.any([self._is_asked()])[0]:  # also after the last epoch: what is left to do may take long
+            raise self.team.stopped(self.stop)
 
     def _diverge(self) -> None:
         """The loss left the finite numbers: keep what was the best, or say that nothing was."""
@@ -300,14 +326,11 @@ class Run:
     def _is_asked(self) -> bool:
         return self.stop is not None and self.stop.asked
 
-    def _reason(self) -> str:
-        return self.stop.reason if self.stop is not None and self.stop.reason else "stopped on another process"
-
     def _leave(self) -> NoReturn:
         """Keep a checkpoint in the middle of an epoch, and end."""
         (self.progress.total,) = self.team.sum([self.progress.total])
         self._save(None)
-        raise Stopped(f"{self._reason()}; {AGAIN}", 0 if self.stop is None else self.stop.code)
+        raise self.team.stopped(self.stop)
 
     def _save(self, best: dict[str, Shaped[Tensor, "..."]] | None) -> None:
         progress = self.progress
@@ -321,6 +344,8 @@ class Run:
             if self._average is not None:
                 last |= {f"{AVERAGE}{name}": value for name, value in self._average.snapshot().items()}
         self.checkpoints.save(progress, last, best)
+        if self.stop is not None:
+            self.stop.has_kept = True
         self.team.wait()
 
     def _finish(self) -> None:
@@ -346,6 +371,11 @@ class Run:
             "epoch %d/%d, step %d/%d: %.1f images/s, at most %.0f s left%s", progress.epoch + 1, self.recipe.epochs,
             progress.step, self._per_epoch, rate, left, _memory(self.team.device),
         )  # fmt: skip
+
+
+def least_images(moves: bool, world: int) -> int:
+    """Images that a batch needs so that every process has two of it where batch norms move, else one."""
+    return world + 1 if moves else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from jaxtyping import Bool, Float32, Int64, Shaped
 from torch import Tensor, nn
 
 from featstore.backbones.trainable import Trainable
-from featstore.errors import ConfigError
+from featstore.errors import ConfigError, Stopped
 from featstore.extraction.distributed import find_ranks
+from featstore.extraction.stopping import AGAIN, Stop
 
 SHARD_ABOVE = 1_000_000_000  # parameters: DINOv2-g and larger
 PATIENCE = timedelta(hours=2)  # of a rank that waits for another one that writes a checkpoint
@@ -94,6 +95,15 @@ class Team:
         if self.world > 1:
             for value in values:
                 dist.broadcast(value, src=0)
+
+    def stopped(self, stop: Stop | None) -> Stopped:
+        """What all processes raise when one of them was asked to end; all have the exit status that says who asked.
+
+        Otherwise one whose clock is slower than that of another one would end as if all were done.
+        """
+        reason = stop.reason if stop is not None and stop.reason else "stopped on another process"
+        code = 0 if stop is None else stop.code
+        return Stopped(f"{reason}; {AGAIN}", max(self.objects(code)))
 
     def wait(self) -> None:
         """Until all are here."""

@@ -64,11 +64,12 @@ class Optimisation:
     ema: float | None = None
 
     def __post_init__(self) -> None:
-        rates = (self.lr, self.lr if self.head_lr is None else self.head_lr)
+        head_lr = self.lr if self.head_lr is None else self.head_lr
         for name, value, holds, must in (
             ("optimizer", self.optimizer, self.optimizer in get_args(Optimizer), "adamw or sgd"),
             ("schedule", self.schedule, self.schedule in get_args(Schedule), "cosine or constant"),
-            ("learning rates", rates, all(math.isfinite(rate) and rate > 0 for rate in rates), "above 0"),
+            ("the learning rate", self.lr, math.isfinite(self.lr) and self.lr > 0, "above 0"),
+            ("the head's learning rate", self.head_lr, math.isfinite(head_lr) and head_lr > 0, "above 0"),
             ("weight decay", self.weight_decay, self.weight_decay >= 0, "at least 0"),
             ("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1"),
             ("layer decay", self.layer_decay, 0 < self.layer_decay <= 1, "above 0 and at most 1"),
@@ -91,14 +92,16 @@ class Optimisation:
 class TuningRecipe:
     """A whole run.
 
-    `batch` counts the images of a step over all processes; `micro` those that go through one device at once (None: all
-    of its share). `keep`: what validation measures, for the epoch that is kept, or the last one whatever it measures.
-    `patience`: epochs without a better one after which it ends. `drop_last`: an epoch ends at the last whole batch.
-    `seed` fixes the order, the augmentation, what is dropped, and the head's first weights.
+    `stop_after`: the epoch behind which it ends, on the schedule of all `epochs`. `batch` counts the images of a step
+    over all processes; `micro` those that go through one device at once (None: all of its share). `keep`: what
+    validation measures, for the epoch that is kept, or the last one whatever it measures. `patience`: epochs without a
+    better one after which it ends. `drop_last`: an epoch ends at the last whole batch. `seed` fixes the order, the
+    augmentation, what is dropped, and the head's first weights.
     """
 
     epochs: int
     batch: int
+    stop_after: int | None = None
     micro: int | None = None
     keep: Keep = "loss"
     patience: int | None = None
@@ -113,6 +116,7 @@ class TuningRecipe:
         for name, value, holds, must in (
             ("epochs", self.epochs, self.epochs >= 1, "at least 1"),
             ("batch", self.batch, self.batch >= 1, "at least 1"),
+            ("stop after", self.stop_after, self.stop_after is None or self.stop_after >= 1, "at least 1"),
             ("micro", self.micro, self.micro is None or self.micro >= 1, "at least 1"),
             ("keep", self.keep, self.keep in get_args(Keep), "loss, auroc or last"),
             ("patience", self.patience, self.patience is None or self.patience >= 1, "at least 1"),
@@ -123,7 +127,10 @@ class TuningRecipe:
             if not holds:
                 raise ConfigError(f"{name} must be {must}; got {value}")
         if self.optimisation.warmup > self.epochs:
-            raise ConfigError(f"warmup {self.optimisation.warmup} epochs must fit into the {self.epochs} epochs")
+            raise ConfigError(
+                f"warmup of {self.optimisation.warmup:g} epochs must fit into the {self.epochs} of training; give a "
+                "shorter one, or more epochs"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for records."""

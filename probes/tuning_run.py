@@ -14,14 +14,16 @@ from featstore.errors import ConfigError
 from featstore.extraction.stopping import Stop
 from featstore.records import peak_memory_bytes
 from probes.adapters import Adapted
+from probes.finetune_tasks import training_digest
 from probes.roles import SPLITS
 from probes.selection import check_two_classes, macro_quality
 from probes.tasks import Task
 from probes.training import balance
 from probes.tuning_augment import Augmenter
 from probes.tuning_feed import Feed, PixelFeed, cache_activations
+from probes.tuning_hold import alone
 from probes.tuning_images import Split, kind_of, pool_note, pool_scores, split_images
-from probes.tuning_loop import Data, Run
+from probes.tuning_loop import Data, Run, least_images
 from probes.tuning_model import Tuned, make_head, start_head
 from probes.tuning_ranks import Team, should_shard, whole
 from probes.tuning_recipe import Precision, TuningRecipe
@@ -53,6 +55,7 @@ class TuningOptions:
 
     `cache`: folder of activations behind the last frozen block, made where they are not there, in `cache_dtype`.
     `shard`: cut the network over the processes (FSDP2); None: from a billion parameters on. `export`: write weights.
+    `score_test`: off for runs among which validation still chooses.
     """
 
     features: str
@@ -61,17 +64,19 @@ class TuningOptions:
     cache_dtype: Precision = "float32"
     shard: bool | None = None
     export: bool = True
+    score_test: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class TuningResult:
     """What a run leaves for a record; scores are probabilities of what is counted, images of a unit pooled.
 
-    `weights` is what `featstore extract --weights` takes, None where none were asked for.
+    `test_scores` is None where the test split was not to be scored. `weights` is what `featstore extract --weights`
+    takes, None where none were asked for.
     """
 
     val_scores: Float64[np.ndarray, "V L"]
-    test_scores: Float64[np.ndarray, "T L"]
+    test_scores: Float64[np.ndarray, "T L"] | None
     progress: Progress
     num_trainable: int
     cost: dict[str, Any]
@@ -99,11 +104,12 @@ def finetune(
 ) -> TuningResult:
     """Train a network with a method applied on a task's images; choose the epoch on validation, score the test once.
 
-    `folder` is this run's own: the same call goes on from what is kept there.
+    `folder` is this run's own: the same call goes on from what is kept there, and waits for another one that is at it.
 
     Raises:
         TaskError: a split without both classes of any label, or a loss that left the finite numbers.
         ConfigError: options that exclude each other, or a folder of another run.
+        StoreError: the folder cannot be written.
         Stopped: it was asked to end, and kept a checkpoint.
     """
     team = team or Team(str(adapted.trainable.device))
@@ -120,7 +126,7 @@ def finetune(
     model = _make_model(task, adapted, recipe, options)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    feeds = _feeds(model, splits, team, recipe, options, augmenter)
+    feeds = _feeds(model, splits, team, recipe, options, augmenter, stop=stop)
     weight = balance(kind, splits["train"].y, splits["train"].mask, len(task.labels)) if recipe.class_weight else None
     truth = task.truth("val")
 
@@ -131,21 +137,22 @@ def finetune(
     identity = _identity(task, adapted, recipe, options)
     checkpoints = Checkpoints(folder / CHECKPOINTS, identity, writes=team.writes)
     run = Run(model, data, recipe, team, checkpoints, stop, shard)
-    progress = run.train()
-    scores = {
-        split: pool_scores(task, split, run.scores(splits[split], feeds[split])).astype(np.float64)
-        for split in ("val", "test")
-    }
-    cost = _cost(model, progress, team)
-    weights = export(model, folder, team) if options.export else None
+    with alone(folder, team, stop):
+        progress = run.train()
+        scores = {
+            split: pool_scores(task, split, run.scores(splits[split], feeds[split])).astype(np.float64)
+            for split in (("val", "test") if options.score_test else ("val",))
+        }
+        cost = _cost(model, progress, team)
+        weights = export(model, folder, team) if options.export else None
     return TuningResult(
         scores["val"],
-        scores["test"],
+        scores.get("test"),
         progress,
         model.num_trainable(),
         cost,
         {"recipe": recipe.as_dict(), "method": adapted.method, "adapter": adapted.settings, "sharded": shard},
-        (*adapted.notes, *augmenter.notes, *pool_note(task), *_notes(model, progress, recipe, team)),
+        (*adapted.notes, *augmenter.notes, *pool_note(task), *_notes(model, data, recipe, team, progress)),
         weights,
     )
 
@@ -164,10 +171,12 @@ def _feeds(
     recipe: TuningRecipe,
     options: TuningOptions,
     augmenter: Augmenter,
+    *,
+    stop: Stop | None,
 ) -> dict[str, Feed]:
     if options.cache is not None:
         size = recipe.micro or recipe.batch
-        return cache_activations(model, splits, team, options.cache, batch=size, dtype=options.cache_dtype)
+        return cache_activations(model, splits, team, options.cache, batch=size, dtype=options.cache_dtype, stop=stop)
     return {
         split: PixelFeed(held, team.device, augmenter if split == "train" else None) for split, held in splits.items()
     }
@@ -176,10 +185,10 @@ def _feeds(
 def _identity(task: Task, adapted: Adapted, recipe: TuningRecipe, options: TuningOptions) -> dict[str, Any]:
     """What decides about the result beyond rounding: another one is another run."""
     spec = task.features.spec
+    moves = adapted.trainable.batch_norm == "train"  # then how a batch is cut decides about statistics too
     return {
-        "recipe": recipe.identity(),
-        "task": task.digest,
-        "test": task.test_key,
+        "recipe": recipe.identity() | ({"micro": recipe.micro} if moves else {}),
+        "task": training_digest(task),
         "failed": files.digest(sorted(task.features.failures)),
         "weights": spec["identity"]["weights"],
         "architecture": adapted.trainable.architecture.as_dict(),
@@ -206,16 +215,24 @@ def _cost(model: Tuned, progress: Progress, team: Team) -> dict[str, Any]:
     }
 
 
-def _notes(model: Tuned, progress: Progress, recipe: TuningRecipe, team: Team) -> list[str]:
+def _notes(model: Tuned, data: Data, recipe: TuningRecipe, team: Team, progress: Progress) -> list[str]:
     found = []
-    if progress.chosen == recipe.epochs and recipe.epochs > 1:
+    if progress.chosen == recipe.epochs and recipe.epochs > 1 and recipe.keep != "last":
         found.append(f"the best epoch is the last of {recipe.epochs}: more epochs could be better")
     if progress.diverged:
         found.append(f"training left the finite numbers in epoch {progress.epoch + 1}; epoch {progress.chosen} is kept")
     if progress.resumed:
-        found.append(f"went on {progress.resumed} times from a checkpoint")
+        often = f"{progress.resumed} times" if progress.resumed > 1 else "once"
+        found.append(f"went on {often} from a checkpoint")
     if model.trainable.batch_norm == "train" and (team.world > 1 or recipe.micro is not None):
         found.append("batch norms take the statistics of each process's part of a batch, which changes with its size")
+    left = len(data.train) % recipe.batch
+    joins = recipe.batch < len(data.train) and not recipe.drop_last
+    if joins and 0 < left < least_images(model.trainable.batch_norm == "train", team.world):
+        found.append(
+            f"the last {left} of an epoch's {len(data.train)} images join the batch before: batch norms that move need "
+            "two images on every process"
+        )
     return found
 
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,3 +28,19 @@ def store_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "store"
     monkeypatch.setenv("FEATSTORE_HOME", str(path))
     return path
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of images in the order in which this process reads them."""
+    from featstore.extraction import loader
+
+    seen: list[str] = []
+    original = loader.load_images
+
+    def counted(inputs: Any, opened: Any, sample: Any, *more: Any) -> Any:
+        seen.append(sample.path)
+        return original(inputs, opened, sample, *more)
+
+    monkeypatch.setattr(loader, "load_images", counted)
+    return seen

@@ -54,3 +54,8 @@ def tree_bytes(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.relative_to(folder).parts[0] != "runs"
     }
+
+
+def sets_of(store: Path) -> dict[str, dict[str, bytes]]:
+    """`tree_bytes` of every set of the data set `pics`, by the name of its folder."""
+    return {folder.name: tree_bytes(folder) for folder in sorted((store / "sets/pics").iterdir())}

@@ -48,6 +48,34 @@ def write_set(
     return import_features(store, root / "f.npz", dataset=name, model=model)[0][name, model]
 
 
+def by_patient(patient: np.ndarray) -> dict[str, list[Any]]:
+    """Columns `part` and `pid` of samples of these patients: of ten, six train, two are val and two test."""
+    return {
+        "part": np.where(patient % 10 < 6, "train", np.where(patient % 10 < 8, "val", "test")).tolist(),
+        "pid": [f"p{number}" for number in patient],
+    }
+
+
+def two_label_store(store: Path, root: Path) -> Store:
+    """240 samples, two a patient; labels a and b (with blanks), three classes, two classes, that the features tell."""
+    rng = np.random.default_rng(0)
+    y = (rng.random((240, 2)) < 0.4).astype(int)
+    features = rng.standard_normal((240, 6))
+    features[:, :2] += 1.2 * y
+    patient = np.arange(240) // 2
+    columns: dict[str, list[Any]] = {
+        **by_patient(patient),
+        "stud": [f"t{number}" for number in patient],
+        "a": [str(value) for value in y[:, 0]],
+        "b": ["" if number % 9 == 0 else str(value) for number, value in enumerate(y[:, 1])],
+        "kind": ["xyz"[value] for value in y[:, 0] + y[:, 1]],
+        "pair": ["no" if value == 0 else "yes" for value in y[:, 0]],
+        "age": [float(value) for value in features[:, 0] + 50],
+    }
+    write_set(store, root, columns, features)
+    return Store(store)
+
+
 def with_patches(features: FeatureSet, model: str = "p") -> FeatureSet:
     """A set of the same samples with patches (3, 8) of noise, stored as an extraction stores them."""
     from tiny_sets import PATCHES, make_spec_of, prepare, write_missing

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import CONFIG, register_pictures
+from typer.testing import CliRunner
 
+from cli import main
 from featstore.configs import RunConfig
 from featstore.errors import DeviceError, StoreError
 from featstore.register import register
@@ -19,15 +21,25 @@ from featstore.store.catalog import Store
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(program: str, *arguments: str, store: Path, code: int = 0, **environment: str) -> str:
-    """Run a command in a process of its own; returns stdout (and stderr where it fails as expected)."""
+def run(program: str, *arguments: str, store: Path, code: int = 0) -> str:
+    """Run a command in this process; returns stdout (and stderr where it fails as expected)."""
+    app = main._store_app() if program == "featstore" else main._probe_app()
+    done = CliRunner().invoke(
+        app, list(arguments), env={"FEATSTORE_HOME": str(store), "COLUMNS": "200"}, catch_exceptions=False
+    )
+    assert done.exit_code == code, done.output
+    return str(done.stdout if code == 0 else done.output)
+
+
+def run_process(program: str, *arguments: str, store: Path, code: int = 0) -> str:
+    """The same in a process of its own, as a user runs it."""
     done = subprocess.run(
         [sys.executable, "-m", program, *arguments],
         capture_output=True,
         text=True,
         timeout=300,
         cwd=ROOT,
-        env={**os.environ, "FEATSTORE_HOME": str(store), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment},
+        env={**os.environ, "FEATSTORE_HOME": str(store), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -39,7 +51,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with 80 registered pictures and a tiny set of them."""
     root = tmp_path_factory.mktemp("cli")
     register_pictures(root / "store", root / "data", 80)
-    output = run("featstore", "extract", "--dataset", "pics", "--model", "tiny", "--res", "42", store=root / "store")
+    asked = ("extract", "--dataset", "pics", "--model", "tiny", "--res", "42")
+    output = run_process("featstore", *asked, store=root / "store")
     assert output.splitlines()[0] == f"store {root / 'store'}"
     assert "80 of 80 samples to do" in output
     assert "80 computed" in output
@@ -190,7 +203,7 @@ def test_what_concerns_every_set_stops_at_once(
 
 
 def test_probe_extracts_what_it_misses(store: Path) -> None:
-    text = run("probes", "knn", "--dataset", "pics", "--model", "tiny@56", store=store, code=2)
+    text = run_process("probes", "knn", "--dataset", "pics", "--model", "tiny@56", store=store, code=2)
     assert (
         "no set of 'pics' matches 'tiny@56'; it has pics/tiny@42; run\n"
         "  featstore extract --dataset pics --model tiny --res 56" in text
@@ -236,7 +249,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(arguments[1:5]) for arguments, _ in WRONG])
 def test_wrong_usage_gives_one_clear_message(store: Path, arguments: tuple[str, ...], message: str) -> None:
-    output = run(*arguments, store=store, code=2, HF_HUB_OFFLINE="1")
+    output = run(*arguments, store=store, code=2)
     assert re.search(message, output, re.DOTALL), output
     assert output.count("error:") == 1
 
@@ -245,7 +258,7 @@ def test_store_of_another_schema(store: Path, tmp_path: Path) -> None:
     from featstore import files
 
     (tmp_path / "store.json").write_bytes(files.sealed({"schema": 99, "format": "featstore"}))
-    assert "schema 99" in run("featstore", "ls", store=tmp_path, code=2)
+    assert "schema 99" in run_process("featstore", "ls", store=tmp_path, code=2)
 
 
 def test_root_that_moved(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from probe_sets import write_set
+from probe_sets import by_patient, write_set
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
@@ -37,8 +37,7 @@ def write(store: Path, root: Path, name: str, labels: tuple[str, ...], *, seed: 
     features[:, : len(labels)] += 1.5 * y
     patient = np.arange(180) // 2
     columns: dict[str, list[Any]] = {
-        "part": np.where(patient % 10 < 6, "train", np.where(patient % 10 < 8, "val", "test")).tolist(),
-        "pid": [f"p{number}" for number in patient],
+        **by_patient(patient),
         "kind": [("x", "y", "z")[number % 3] for number in range(180)],
         "age": [str(number % 7) for number in range(180)],
     }

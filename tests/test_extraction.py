@@ -133,17 +133,6 @@ def test_corrupt_files_keep_their_rows(pictures: Path, store_path: Path) -> None
     assert verify_set(Store(store_path), Store(store_path).entry("pics/tiny@42"), deep=True).ok
 
 
-def test_max_failed_stops_but_keeps_commits(pictures: Path, store_path: Path) -> None:
-    for path in sorted((pictures / "images").iterdir())[20:24]:
-        path.write_bytes(b"broken")
-    register(store_path, "pics", pictures, CONFIG)
-    settings = RunConfig(batch_size=8, device="cpu", max_failed="4%")
-    with pytest.raises(FeatstoreError, match=r"more than --max-failed 4% allows"):
-        run(store_path, settings=settings)
-    assert Store(store_path)["pics", "tiny@42"].pending().sum() == 34
-    assert run(store_path).computed == 34
-
-
 def test_retry_failed_computes_mended_blocks_again(
     pictures: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

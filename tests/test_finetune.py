@@ -26,7 +26,7 @@ from featstore.objects import parse_place
 from featstore.register import register
 from featstore.store.catalog import Store
 from featstore.store.features import FeatureSet
-from probes import finetune_start
+from probes import finetune_start, tuning_run
 from probes.configs import EvalConfig, LinearConfig
 from probes.evaluation import evaluate_sets
 from probes.finetune import describe as describe_request
@@ -35,7 +35,7 @@ from probes.finetune_start import frozen_features, linear_start
 from probes.finetune_tasks import refit_task
 from probes.records import load_predictions
 from probes.taskspec import TaskSpec
-from probes.tuning_images import split_images
+from probes.tuning_images import pool_scores, split_images
 from probes.tuning_ranks import Team
 
 RUN = RunConfig(device="cpu", workers=1)
@@ -131,6 +131,39 @@ def test_costs(full: list[dict[str, Any]]) -> None:
         assert cost["peak_memory_bytes"] > 10**7
 
 
+def test_costs_of_a_frozen_probe_have_the_same_fields(full: list[dict[str, Any]], frozen: dict[str, Any]) -> None:
+    own = {"seconds", "gpu_seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "trainable_parameters"}
+    assert frozen["cost"].keys() == own | {"not_counted"}
+    assert frozen["cost"]["not_counted"] == "extraction of the features"
+    assert full[0]["cost"].keys() == own | {"images_per_second", "processes", "runs"}
+
+
+def test_the_first_seed_pays_for_what_comes_before(home: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"runs": tmp_path / "runs", "results": tmp_path / "results", "seeds": 2}
+    evaluate(home, **options)
+    (folder,) = (path.parent for path in (tmp_path / "runs").rglob("start.npz"))
+    path = folder / "cost.json"
+    assert json.loads(path.read_bytes())["start.npz"] > 0
+    path.write_text(json.dumps({"start.npz": 1000.0}))
+    first, second = evaluate(home, **options)  # goes on: the start is read, not fitted
+    assert first["cost"]["seconds"] > 1000 > second["cost"]["seconds"]
+
+
+def test_the_test_split_is_scored_for_the_choice_alone(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = []
+
+    def spy(task: Any, split: str, scores: Any) -> Any:
+        scored.append(split)
+        return pool_scores(task, split, scores)
+
+    monkeypatch.setattr(tuning_run, "pool_scores", spy)
+    options: dict[str, Any] = {"lr": "1e-3,1e-2,1e-1", "seeds": 2, "runs": tmp_path / "runs"}
+    evaluate(home, results=tmp_path / "results", **options)
+    assert scored.count("test") == 2  # of 3 rates with the first seed and one with the second
+
+
 def test_no_cached_feature_is_read_or_written(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = next((home / "sets" / "pics").iterdir())
     before = tree_bytes(folder)
@@ -172,12 +205,12 @@ def test_every_method_trains(method: str, home: Path, tmp_path: Path) -> None:
     ],
     ids=lambda spec: spec.name,
 )
-def test_the_head_starts_from_scikit_learns_probe(spec: TaskSpec, home: Path) -> None:
+def test_the_head_starts_from_scikit_learns_probe(spec: TaskSpec, home: Path, tmp_path: Path) -> None:
     task = task_of(home, spec)
     trainable = make_trainable(describe("tiny-random").load(device="cpu", compute_dtype="float32"))
-    start, facts = linear_start(task, trainable, "cls", Team(), batch=10, class_weight="none")
+    start, facts = linear_start(task, trainable, "cls", Team(), batch=10, class_weight="none", folder=tmp_path)
     train, val = (split_images(task, split) for split in ("train", "val"))
-    X, V = (frozen_features(trainable, split, "cls", Team(), batch=10) for split in (train, val))
+    X, V = (frozen_features(trainable, split, "cls", Team(), batch=10, folder=tmp_path) for split in (train, val))
     assert start.mean is not None
     assert start.scale is not None
     mean, scale = X.mean(0), X.std(0)
@@ -201,11 +234,11 @@ def test_the_head_starts_from_scikit_learns_probe(spec: TaskSpec, home: Path) ->
         assert min(errors) < 2e-3
 
 
-def test_features_are_those_that_a_set_holds(home: Path) -> None:
+def test_features_are_those_that_a_set_holds(home: Path, tmp_path: Path) -> None:
     task = task_of(home)
     trainable = make_trainable(describe("tiny-random").load(device="cpu", compute_dtype="float32"))
     split = split_images(task, "val")
-    found = frozen_features(trainable, split, "cls+mean_patch", Team(), batch=7)
+    found = frozen_features(trainable, split, "cls+mean_patch", Team(), batch=7, folder=tmp_path)
     expected = Store(home).set("pics/tiny-random@42").load()[split.rows]
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
 
@@ -322,44 +355,10 @@ def test_the_printed_line_makes_that_set(home: Path, tmp_path: Path) -> None:
     (record,) = evaluate(home, model="tiny", results=tmp_path / "results", runs=tmp_path / "runs", published="xrv")
     line = extract_line(record)
     weights = record["choices"]["weights"]
-    assert line == (
-        f"featstore extract --dataset pics --model tiny --res 42 --weights {weights} "
-        "--name tiny-linear-online-seed0 --published xrv"
-    )
+    assert line == (f"featstore extract --dataset pics --model tiny --res 42 --weights {weights} --published xrv")
 
 
 # Other tasks
-
-
-def test_tests_on_another_data_set(tmp_path: Path) -> None:
-    store = pictures(tmp_path, 64)
-    root = tmp_path / "other"
-    from pictures import write_pictures, write_table
-
-    write_table(root, write_pictures(root, 40, start=500))
-    register(store, "other", root, RegisterConfig(
-        table=Path("table.csv"), group_column="patient", split_column="split", label_columns="first,second"
-    ))  # fmt: skip
-    (record,) = evaluate(store, test_dataset="other")
-    assert record["test"]["dataset"] == "other"
-    assert {name.split("/")[0] for name in load_predictions(record).to_pydict()["id"]} == {"images"}
-    assert record["task"]["splits"]["test"] == 10
-
-
-def test_folds(home: Path, tmp_path: Path) -> None:
-    records = evaluate(home, folds=3, start="random", results=tmp_path / "results", runs=tmp_path / "runs")
-    assert [record.get("fold", {}).get("number") for record in records] == [1, 2, 3, None]
-    assert records[3]["task"]["splits"]["test"] == 64
-
-
-def test_cached_activations(home: Path, tmp_path: Path) -> None:
-    plain: dict[str, Any] = {"method": "last-k", "k": 2, "flip": "off", "degrees": 0.0}
-    (first,) = evaluate(home, results=tmp_path / "a", runs=tmp_path / "one", **plain)
-    (second,) = evaluate(home, results=tmp_path / "a", runs=tmp_path / "two", from_cache=True, **plain)
-    assert list((tmp_path / "two").rglob("activations/*/*.bin"))
-    for name in ("score:first", "score:second"):
-        one, two = (load_predictions(record)[name].to_numpy() for record in (first, second))
-        np.testing.assert_allclose(one, two, atol=1e-4)
 
 
 def test_bfloat16_comes_after_a_check(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,6 +456,11 @@ def test_the_command_prints_arms_and_what_comes_next(home: Path, frozen: dict[st
         "epoch 1/1: train loss",
     ):
         assert part in text, part
+    said = next(line for line in done.output.splitlines() if "test AUROC of 2 seeds: mean" in line).strip()
+    runner = CliRunner(env={"FEATSTORE_HOME": str(home), "COLUMNS": "200"})
+    kept = runner.invoke(_probe_app(), ["results", "--dataset", "pics"], catch_exceptions=False).output
+    assert said in kept  # from the records alone
+    assert "extraction is paid once for all heads and is not in them" in kept
     found = json.loads(command("--method", "linear-online", *runs, "--json", store=home).stdout)
     assert [record["probe"] for record in found] == ["finetune", "finetune"]
 

@@ -1,11 +1,14 @@
 """Arms beside each other: budgets out of records, what makes them unequal, the verdict, the table."""
 
 import copy
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from probes.finetune_table import arm_table, arms_of, count_text, size_text, time_text, total_cost
+from probes.costs import HeadClock
+from probes.finetune_table import arm_table, arms_of, count_text, seeds_line, size_text, time_text, total_cost
 from probes.logistic import DEFAULT_C
 from probes.price import NUM_DEFAULT_C, budget_of, price_lines, price_of, price_table
 from probes.report import print_tables, tables
@@ -38,10 +41,18 @@ def tuned(seed: int, method: str = "full", auroc: float = 0.9, seeds: int = 2, *
         "finetune",
         seed,
         auroc,
-        config={"head": {"method": method, "train_seed": seed}, "evaluation": {"resamples": 20, "seed": 0}},
+        config={
+            "head": {"method": method, "preset": "fair", "train_seed": seed},
+            "evaluation": {"resamples": 20, "seed": 0},
+        },
         choices={"said": "lr=1e-05", "method": method, "preset": "fair", "budget": said},
         cost={**COST, "images_per_second": 10.0 + seed, "peak_gpu_memory_bytes": 10**9, "gpu_seconds": 2.0},
     )
+
+
+def settled(seed: int, **head: Any) -> dict[str, Any]:
+    made = tuned(seed)
+    return {**made, "config": {**made["config"], "head": {**made["config"]["head"], **head}}}
 
 
 def linear(**head: Any) -> dict[str, Any]:
@@ -128,6 +139,13 @@ def test_equal_budgets_have_a_verdict() -> None:
         ),
         ([{**tuned(seed, "lora"), "test_key": "other"} for seed in (0, 1)], "test split: not the same"),
         ([{**tuned(seed, "lora"), "weights": {"digest": "v"}} for seed in (0, 1)], "starting weights: not the same"),
+        ([{**tuned(seed), "features": "last4"} for seed in (0, 1)], "features that the head reads: A cls, B last4"),
+        (
+            [{**tuned(seed), "preprocess": {"geometry": "squash", "height": 7}} for seed in (0, 1)],
+            "images: not the same height",
+        ),
+        ([settled(seed, start="random") for seed in (0, 1)], "start: A none, B random"),
+        ([settled(seed, keep="last") for seed in (0, 1)], "keep: A none, B last"),
     ],
 )
 def test_what_is_unequal_withholds_it(other: list[dict[str, Any]], said: str) -> None:
@@ -196,6 +214,44 @@ def test_fine_tuned_networks_are_printed_as_arms() -> None:
     assert arms == [["finetune full (fair)", "linear"], ["finetune full (fair)"]]
     assert shown[-1][1] == ["baseline: chance"]
     assert not any("probes finetune" in title for title, _ in shown)
+
+
+def test_seeds_are_summed_up_from_records() -> None:
+    three = [tuned(seed, auroc=auroc, seeds=3) for seed, auroc in enumerate((0.7, 0.8, 0.9))]
+    assert seeds_line(three) == (
+        "finetune full (fair): test AUROC of 3 seeds: mean 0.800, sd 0.100, 0.700 to 0.900; the interval is that of "
+        "seed 0"
+    )
+    assert "AUROC of 2 of 3 seeds: mean 0.750, sd 0.071" in str(seeds_line(three[:2]))
+    assert "AUROC of 1 of 3 seeds: mean 0.700; the interval" in str(seeds_line(three[:1]))
+    assert seeds_line([tuned(0, seeds=1)]) is None
+
+
+class Cuda:
+    """torch.cuda of a program that used `taken` bytes of a GPU."""
+
+    def __init__(self, taken: int) -> None:
+        self.taken, self.resets = taken, 0
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def reset_peak_memory_stats(self) -> None:
+        self.resets += 1
+
+    def max_memory_allocated(self) -> int:
+        return self.taken
+
+
+def test_a_head_on_a_gpu_has_gpu_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda in (None, Cuda(0), Cuda(10**6)):
+        monkeypatch.setitem(sys.modules, "torch", None if cuda is None else SimpleNamespace(cuda=cuda))
+        found = HeadClock().cost(7)
+        taken = 0 if cuda is None else cuda.taken
+        assert found["peak_gpu_memory_bytes"] == taken
+        assert found["gpu_seconds"] == (found["seconds"] if taken else 0)
+        assert found["trainable_parameters"] == 7
+        assert cuda is None or cuda.resets == 1
 
 
 def test_cost_of_seeds_adds_up() -> None:

@@ -108,7 +108,7 @@ def kill_until_done(store: Path, kills: int, num_blocks: int, rng: random.Random
 
 
 @pytest.mark.parametrize(
-    ("kills", "count"), [(4, 200), pytest.param(20, 600, marks=pytest.mark.slow)], ids=["some", "twenty"]
+    ("kills", "count"), [(2, 128), pytest.param(20, 600, marks=pytest.mark.slow)], ids=["some", "twenty"]
 )
 def test_killed_runs_lose_nothing(tmp_path: Path, kills: int, count: int, capsys: pytest.CaptureFixture[str]) -> None:
     store, calm = tmp_path / "store", tmp_path / "calm"
@@ -130,13 +130,13 @@ def test_killed_runs_lose_nothing(tmp_path: Path, kills: int, count: int, capsys
             f"{redone} blocks of {BLOCK} rows begun again"
         )
     assert between >= kills // 2
-    assert working >= kills // 4
+    assert working >= max(1, kills // 4)
     assert redone <= kills  # one block in flight a run
 
 
 def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    register_pictures(store, tmp_path / "data", 2400)  # some seconds of work, also where the machine is busy
+    register_pictures(store, tmp_path / "data", 1000)  # some seconds of work, also where the machine is busy
     process = start(store)
     while num_committed(store) < 2 and process.poll() is None:
         time.sleep(0.002)

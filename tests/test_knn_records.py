@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from probe_sets import write_set
+from probe_sets import two_label_store
 from sklearn.metrics import roc_auc_score
 
 from featstore.errors import ConfigError, TaskError
@@ -24,22 +24,7 @@ from probes.tasks import choose_task, make_task
 
 @pytest.fixture
 def store(tmp_path: Path, store_path: Path) -> Store:
-    """240 samples, two a patient, two labels that the features tell; a few are blank."""
-    rng = np.random.default_rng(0)
-    y = (rng.random((240, 2)) < 0.4).astype(int)
-    features = rng.standard_normal((240, 6))
-    features[:, :2] += 1.2 * y
-    patient = np.arange(240) // 2
-    columns: dict[str, list[Any]] = {
-        "part": np.where(patient % 10 < 6, "train", np.where(patient % 10 < 8, "val", "test")).tolist(),
-        "pid": [f"p{number}" for number in patient],
-        "a": [str(value) for value in y[:, 0]],
-        "b": ["" if number % 9 == 0 else str(value) for number, value in enumerate(y[:, 1])],
-        "kind": [("x", "y", "z")[number % 3] for number in range(240)],
-        "age": [float(value) for value in features[:, 0] + 50],
-    }
-    write_set(store_path, tmp_path / "x", columns, features)
-    return Store(store_path)
+    return two_label_store(store_path, tmp_path / "x")
 
 
 def run(store: Store, head: KnnConfig, labels: str = "a,b", **reading: Any) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from pictures import register_pictures
-from test_linear_protocols import Described, make_store, task_of
+from probe_sets import two_label_store
+from test_linear_protocols import Described, task_of
 
 from featstore.configs import RunConfig, SetConfig
 from featstore.errors import ConfigError, IncompleteError, UnknownNameError
@@ -25,7 +26,7 @@ from probes.tasks import choose_task, make_task
 
 @pytest.fixture
 def store(tmp_path: Path, store_path: Path) -> Store:
-    return make_store(tmp_path, store_path)
+    return two_label_store(store_path, tmp_path / "x")
 
 
 def test_the_grid_reads_what_the_features_hold(store: Store) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from probe_sets import write_set
+from probe_sets import two_label_store
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from featstore.errors import ConfigError, TaskError
@@ -24,30 +24,9 @@ from probes.tasks import choose_task, make_task
 DINO_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 
 
-def make_store(tmp_path: Path, store_path: Path) -> Store:
-    """240 samples, two a patient; labels a and b, three classes, two classes, that the features tell."""
-    rng = np.random.default_rng(0)
-    y = (rng.random((240, 2)) < 0.4).astype(int)
-    features = rng.standard_normal((240, 6))
-    features[:, :2] += 1.2 * y
-    patient = np.arange(240) // 2
-    columns: dict[str, list[Any]] = {
-        "part": np.where(patient % 10 < 6, "train", np.where(patient % 10 < 8, "val", "test")).tolist(),
-        "pid": [f"p{number}" for number in patient],
-        "stud": [f"t{number}" for number in patient],
-        "a": [str(value) for value in y[:, 0]],
-        "b": ["" if number % 9 == 0 else str(value) for number, value in enumerate(y[:, 1])],
-        "kind": ["xyz"[value] for value in y[:, 0] + y[:, 1]],
-        "pair": ["no" if value == 0 else "yes" for value in y[:, 0]],
-        "age": [float(value) for value in features[:, 0] + 50],
-    }
-    write_set(store_path, tmp_path / "x", columns, features)
-    return Store(store_path)
-
-
 @pytest.fixture
 def store(tmp_path: Path, store_path: Path) -> Store:
-    return make_store(tmp_path, store_path)
+    return two_label_store(store_path, tmp_path / "x")
 
 
 def run(store: Store, labels: str, head: LinearConfig, **reading: Any) -> dict[str, Any]:

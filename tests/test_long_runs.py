@@ -131,6 +131,7 @@ def test_memory_is_flat_over_a_long_run(monkeypatch: pytest.MonkeyPatch) -> None
     assert leaking["last_mb"] - leaking["first_mb"] == pytest.approx(15, abs=1)
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     call = [sys.executable, str(ROOT / "benchmarks/bench_flat.py"), "--quick", "--output", str(tmp_path)]
     done = subprocess.run(call, capture_output=True, text=True, check=False)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from probe_sets import write_set
+from probe_sets import by_patient, write_set
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
@@ -36,8 +36,7 @@ def store(tmp_path: Path, store_path: Path) -> Store:
     kind = rng.choice(["x", "y", "z"], SIZE, p=(0.7, 0.2, 0.1))
     features[:, 2] += np.select([kind == "y", kind == "z"], [1.5, 3.0])
     columns: dict[str, list[Any]] = {
-        "part": np.where(patient % 10 < 6, "train", np.where(patient % 10 < 8, "val", "test")).tolist(),
-        "pid": [f"p{number}" for number in patient],
+        **by_patient(patient),
         "a": [str(value) for value in y[:, 0]],
         "b": ["" if number % 9 == 0 else str(value) for number, value in enumerate(y[:, 1])],
         "No Finding": [str(int(not row.any())) for row in y],

@@ -32,8 +32,10 @@ from tiny_sets import (
     write_missing,
     writer_of,
 )
+from typer.testing import CliRunner
 
 import featstore
+from cli import main
 from featstore import files
 from featstore.errors import CorruptError, StoreError
 from featstore.objects import ObjectPath, Place, connection, parse_place
@@ -105,7 +107,7 @@ def count_requests(root: Place, monkeypatch: pytest.MonkeyPatch) -> int:
     return trap.count
 
 
-STEP = pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])
+STEP = pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.slow)])
 
 
 class TestCommits:
@@ -352,6 +354,7 @@ def child(root: Place, seed: int, rows: int, order: int = 1) -> subprocess.Popen
 
 
 class TestProcesses:
+    @pytest.mark.slow
     def test_two_processes_race_with_different_bytes(self, root: Place) -> None:
         children = [child(root, 1, 152), child(root, 2, 152, -1)]
         assert [process.communicate()[0] for process in children] == ["ready\n"] * 2
@@ -394,10 +397,9 @@ class TestProcesses:
             Image.fromarray(pixels).save(images / f"{number}.png")
 
         def run(*arguments: str) -> str:
-            command = [sys.executable, "-m", "featstore", *arguments, "--store", str(root)]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-            assert done.returncode == 0, done.stderr
-            return done.stdout
+            done = CliRunner().invoke(main._store_app(), [*arguments, "--store", str(root)], catch_exceptions=False)
+            assert done.exit_code == 0, done.output
+            return str(done.stdout)
 
         assert run("register", "pics", str(images)).startswith(f"store {root}\n")
         extract = ("extract", "--model", "tiny", "--random-weights", "0", "--res", "42", "--device", "cpu")

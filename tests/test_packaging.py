@@ -28,6 +28,23 @@ def test_wheel_holds_the_packages_and_the_tiny_network(wheel: Path) -> None:
     assert wheel.stat().st_size < 5e6
 
 
+def test_wheel_imports_and_helps_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    program = "import featstore; print(featstore.__file__); from cli.main import probes; probes()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "knn", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "site"))
+    assert "k nearest neighbours" in done.stdout
+
+
+@pytest.mark.slow
 def test_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
     from pictures import register_pictures
 
@@ -59,7 +76,7 @@ def test_constraints_are_names_and_versions_only() -> None:
     assert "torch==2.13.0" in lines
 
 
-SLOW = ("decode", "extract", "store", "suite")
+SLOW = ("decode", "extract", "precision", "store", "suite")
 
 
 @pytest.mark.parametrize(

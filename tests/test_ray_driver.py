@@ -106,7 +106,22 @@ def test_too_many_failures_over_all_actors(fake: FakeRay, tmp_path: Path, store_
     break_files(store_path, tmp_path / "data", list(range(0, 100, 10)))
     with pytest.raises(FeatstoreError, match=r"images could not be decoded, more than --max-failed 5% allows"):
         on_ray(store_path, run=replace(RAY, max_failed="5%"))
-    assert on_ray(store_path, run=replace(RAY, max_failed="10%")).failed <= 10
+    on_ray(store_path, run=replace(RAY, max_failed="10%"))  # of all images, not of those that are left
+    features = Store(store_path)["pics", "tiny@42"]
+    assert (len(features.failures), int(features.pending().sum())) == (10, 0)
+
+
+def test_failures_of_earlier_runs_count_over_all_actors(fake: FakeRay, tmp_path: Path, store_path: Path) -> None:
+    register_pictures(store_path, tmp_path / "data", 60)
+    break_files(store_path, tmp_path / "data", list(range(0, 60, 10)))
+    assert on_ray(store_path).failed == 6
+    register_pictures(store_path, tmp_path / "data", 80)
+    break_files(store_path, tmp_path / "data", list(range(0, 80, 10)))
+    with pytest.raises(FeatstoreError, match=r"6 images could not be decoded, more than --max-failed 7% allows"):
+        on_ray(store_path, run=replace(RAY, max_failed="7%"))
+    assert int(Store(store_path)["pics", "tiny@42"].pending().sum()) == 20
+    with pytest.raises(FeatstoreError, match=r"8 images could not be decoded, more than --max-failed 9% allows"):
+        on_ray(store_path, run=replace(RAY, max_failed="9%"))
 
 
 def test_changed_files_end_the_run(fake: FakeRay, tmp_path: Path, store_path: Path) -> None:

@@ -267,6 +267,7 @@ def require_cold(path: Path) -> None:
     pytest.skip("this file system keeps its files in memory")
 
 
+@pytest.mark.slow
 def test_speed_without_checked_shapes() -> None:
     """The tests of `TestSpeed` in a process of their own: checks of every annotation cost more than a gather."""
     command = [sys.executable, "-m", "pytest", "-o", "addopts=-q --strict-markers", "-p", "no:cacheprovider"]

@@ -1,4 +1,4 @@
-"""What the README and the page on probes show is so: commands parse as typed, the table is that of the result files."""
+"""What the README and the pages on probes show is so: commands parse, the table is that of the result files."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ from cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = README + (ROOT / "docs" / "probes.md").read_text()
+PAGES = README + "".join((ROOT / "docs" / name).read_text() for name in ("probes.md", "finetuning.md"))
 
 
 def commands() -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from probe_sets import PARTS, write_set
+from probe_sets import PARTS, by_patient, write_set
 from scipy import stats
 from sklearn import metrics as sk
 from sklearn.linear_model import Ridge
@@ -244,8 +244,7 @@ def aged(store: Path, root: Path, *, failed: tuple[int, ...] = ()) -> FeatureSet
     features[:, 0] += (age - 60) / 5
     patient = np.arange(150) // 2
     columns = {
-        "part": np.where(patient % 10 < 6, "train", np.where(patient % 10 < 8, "val", "test")).tolist(),
-        "pid": [f"p{number}" for number in patient],
+        **by_patient(patient),
         "age": [None if row % 13 == 0 else f"{value:.0f}" for row, value in enumerate(age)],
         "grade": ["low" if value < 55 else "mid" if value < 65 else "high" for value in age],
         "same": ["5"] * 150,

@@ -1,15 +1,15 @@
 """What the reading of uncertain labels changes: one record per policy, paired differences on the same test rows."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from probe_sets import write_set
+from probe_sets import by_patient, write_set
 from sklearn.metrics import roc_auc_score
+from typer.testing import CliRunner
 
+from cli import main
 from featstore.errors import TaskError, UnknownNameError
 from featstore.store.catalog import Store
 from probes import report
@@ -33,8 +33,7 @@ def uncertain(tmp_path: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch)
     cells = np.where(rng.random(y.shape) < 0.1 + 0.2 * y, -1, y)
     patient = np.arange(240) // 2
     columns: dict[str, list[Any]] = {
-        "part": np.where(patient % 10 < 6, "train", np.where(patient % 10 < 8, "val", "test")).tolist(),
-        "pid": [f"p{number}" for number in patient],
+        **by_patient(patient),
         "a": [str(value) for value in cells[:, 0]],
         "b": [str(value) for value in cells[:, 1]],
         "kind": [("x", "y", "z")[number % 3] for number in range(240)],
@@ -168,9 +167,9 @@ def test_policies_are_compared_without_the_extra_label(uncertain: Store, monkeyp
 
 @pytest.mark.parametrize("arguments", [["--policies", "all"], ["--train-policy", "ones", "--eval-policy", "ignore"]])
 def test_the_command(uncertain: Store, arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "probes", "knn", "--dataset", "x", "--labels", "a,b", "--resamples", "10"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert done.returncode == 0, done.stderr
+    command = ["knn", "--dataset", "x", "--labels", "a,b", "--resamples", "10"]
+    done = CliRunner().invoke(main._probe_app(), [*command, *arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
     if "--policies" in arguments:
         assert "training policies" in done.stdout
         assert "extra-class" in done.stdout

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pictures import register_pictures, tree_bytes
+from pictures import register_pictures, sets_of
 
 from featstore.configs import RunConfig, SetConfig, each_set
 from featstore.errors import ConfigError, StoreError
-from featstore.extraction import loader
 from featstore.extraction.lane import Lane
 from featstore.extraction.passes import Pass, in_step
 from featstore.extraction.pipeline import extract, extract_sets
@@ -39,31 +38,13 @@ def register_twice(store: Path, root: Path) -> None:
     shutil.copytree(store, root / "alone")
 
 
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Paths in the order in which files are read."""
-    seen: list[str] = []
-    original = loader.load_images
-
-    def counted(inputs: Any, opened: Any, sample: Any, *more: Any) -> Any:
-        seen.append(sample.path)
-        return original(inputs, opened, sample, *more)
-
-    monkeypatch.setattr(loader, "load_images", counted)
-    return seen
-
-
 def alone(store: Path, configs: tuple[SetConfig, ...] = CONFIGS, run: RunConfig = RUN) -> dict[str, dict[str, bytes]]:
     for config in configs:
         extract(make_plan(Store(store), "pics", config, run), run)
     return sets_of(store)
 
 
-def sets_of(store: Path) -> dict[str, dict[str, bytes]]:
-    return {folder.name: tree_bytes(folder) for folder in sorted((store / "sets/pics").iterdir())}
-
-
-@pytest.mark.parametrize("batch_size", [8, 5])
+@pytest.mark.parametrize("batch_size", [pytest.param(8, marks=pytest.mark.slow), 5])
 def test_one_pass_gives_the_sets_that_each_alone_gives(
     tmp_path: Path, store_path: Path, decoded: list[str], batch_size: int
 ) -> None:
@@ -127,7 +108,7 @@ def test_units_are_as_long_as_the_largest_block(tmp_path: Path, store_path: Path
     network = made[0].source.load(device="cpu", compute_dtype="float32")
     work = Pass([Lane(plan, RUN, "cpu", network) for plan in made], RUN)
     assert (work.rows, list(work.units)) == (32, [0, 1])
-    assert work.images == [45] * 4
+    assert [tally.total for tally in work.tallies()] == [45] * 4
     assert len(work.specs) == 3  # two sets share their pixels
     jobs = work.jobs(0)
     assert {(job.lane, job.block) for job in jobs} == {

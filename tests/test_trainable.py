@@ -8,7 +8,7 @@ import torch
 from backbone_conformance import images
 from pictures import register_pictures
 from reduced import RUN, config, opened, run
-from torch import Tensor
+from torch import Tensor, nn
 from tuning import (
     FACTS,
     Own,
@@ -200,6 +200,73 @@ def test_running_statistics_move_where_they_should(method: str, config: AdapterC
         assert {name.split(".")[2] for name in moved} == {"18"}
     assert adapted.settings["batch_norm"] == ("train" if moves else "frozen")
     assert any("running_mean" in name for name in adapted.state()) is moves
+
+
+def batch_norms(trainable: Trainable) -> list[nn.BatchNorm2d]:
+    return [module for module in trainable.network.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def fold(trainable: Trainable, batch: Tensor) -> None:
+    """Statistics of a batch as the norms' own, then folded into their weights and biases, as exports have them."""
+    norms = batch_norms(trainable)
+    trainable.requires_grad_(True)
+    trainable.batch_norm = "train"
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        trainable.train()(batch)
+        for norm in norms:
+            norm.weight.div_((norm.running_var + norm.eps).sqrt())
+            norm.bias.sub_(norm.running_mean * norm.weight)
+            norm.weight.mul_((1 + norm.eps) ** 0.5)
+            norm.reset_running_stats()
+    trainable.batch_norm = "frozen"
+    trainable.requires_grad_(False).eval()
+
+
+def test_norms_without_statistics_stay_frozen() -> None:
+    trainable = fresh("mobilenet")
+    batch = pixels(trainable, 8)
+    assert trainable.folded_norms() == 0  # nothing has trained them
+    fold(trainable, batch)
+    assert trainable.folded_norms() == len(batch_norms(trainable)) == 52
+    with torch.no_grad():
+        frozen = trainable.features(batch, "cls")
+    living, first = copy.deepcopy(trainable), copy.deepcopy(trainable)
+    adapted = adapt(trainable, "full")
+    assert adapted.settings["batch_norm"] == "frozen"
+    (note,) = adapted.notes
+    assert note.startswith("batch norms stay frozen: 52 of 52 hold no statistics (mean 0, variance 1: folded into")
+    with torch.no_grad():
+        assert torch.equal(trainable.train().features(batch, "cls"), frozen)
+    # What is asked for is done, and said; it is another network, which is why it is not the default.
+    asked = adapt(first, "full", AdapterConfig(batch_norm="train"))
+    (note,) = asked.notes
+    assert note.startswith("batch norms move although 52 of 52 hold no statistics")
+    with torch.no_grad():
+        moved = first.train().features(batch, "cls")
+    assert float((moved - frozen).abs().mean()) > 0.3 * float(frozen.abs().mean())
+    batch_norms(living)[3].running_mean.add_(0.1)
+    assert living.folded_norms() == 51
+
+
+def test_norms_that_hold_statistics_move() -> None:
+    trainable = fresh("resnet")
+    for norm in batch_norms(trainable):
+        norm.bias.data.fill_(0.1)
+        norm.running_mean.add_(0.2)
+    assert trainable.folded_norms() == 0
+    adapted = adapt(trainable, "full")
+    assert adapted.settings["batch_norm"] == "train"
+    assert adapted.notes == []
+
+
+def test_norms_cannot_take_the_statistics_of_one_image() -> None:
+    trainable = fresh("mobilenet")
+    adapt(trainable, "full")
+    with pytest.raises(ConfigError, match="need at least 2 images at once, and a batch has 1: use another batch size"):
+        trainable.train()(pixels(trainable, 1))
+    trainable.eval()(pixels(trainable, 1))
 
 
 # Features

@@ -102,8 +102,14 @@ def test_nothing_is_done_where_nothing_is_asked() -> None:
         ("effusion_R", "effusion_L"),
         ("knee lt", "knee rt"),
         ("effusion", None),
-        ("L", None),
-        ("l_spine", None),
+        ("L", "R"),
+        ("rt_effusion", "lt_effusion"),
+        ("R effusion", "L effusion"),
+        ("L1 fracture", None),
+        ("L 5", None),
+        ("RCC", None),
+        ("OD", None),
+        ("RLL opacity", None),
         ("cleft", None),
         ("upright", None),
         ("vitamin_l_deficit", None),
@@ -120,6 +126,10 @@ def test_mirroring_follows_the_labels() -> None:
     assert settle_flip("auto", ["a", "b"])[0] == "plain"
     assert settle_flip("auto", paired)[0] == "mapped"
     assert settle_flip("auto", ["effusion_left", "healthy"])[0] == "off"
+    for pair in (["L", "R"], ["OD", "OS"], ["LCC", "RCC"], ["LLL opacity", "RLL opacity"], ["a l b", "a r b"]):
+        assert settle_flip("auto", [*pair, "c"]) == ("mapped", pytest.approx([1, 0, 2]))
+    assert settle_flip("auto", ["RCC", "L1", "LVH"])[0] == "plain"
+    assert settle_flip("auto", ["R", "both"])[0] == "off"
     assert settle_flip("plain", paired)[0] == "plain"
     assert settle_flip("mapped", paired)[1].tolist() == [2, 1, 0]
     with pytest.raises(ConfigError, match=r"'effusion_left' has no counterpart among the labels \(1 such\)"):
@@ -166,8 +176,8 @@ def test_augmentation_that_cannot_be(options: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, "learning rates must be above 0"),
-        ({"head_lr": -1.0}, "learning rates must be above 0"),
+        ({"lr": float("nan")}, "the learning rate must be above 0; got nan$"),
+        ({"head_lr": -1.0}, "the head's learning rate must be above 0; got -1"),
         ({"weight_decay": -0.1}, "weight decay must be at least 0"),
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
         ({"layer_decay": 0.0}, "layer decay must be above 0 and at most 1"),
@@ -189,7 +199,10 @@ def test_optimisation_that_cannot_be(options: dict[str, Any], message: str) -> N
         ({"micro": 0}, "micro must be at least 1"),
         ({"patience": 0}, "patience must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),
-        ({"optimisation": Optimisation(warmup=4.0)}, "warmup 4.0 epochs must fit into the 3 epochs"),
+        (
+            {"optimisation": Optimisation(warmup=4.0)},
+            "warmup of 4 epochs must fit into the 3 of training; give a shorter one, or more epochs",
+        ),
     ],
 )
 def test_recipes_that_cannot_be(options: dict[str, Any], message: str) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: killed anywhere, a run goes on to the same bits; another run, damage and leftovers are told or swept."""
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from tuning_runs import FAST, LABELS, equal, image_set, pictures, task_of, tune, weights_of
 
 from featstore import files
-from featstore.errors import ConfigError, CorruptError, Stopped
+from featstore.errors import ConfigError, CorruptError, Stopped, StoreError
 from featstore.extraction.stopping import Stop
 from probes import tuning_loop, tuning_state
 from probes.tasks import Task
@@ -82,7 +83,7 @@ def test_a_signal_keeps_a_checkpoint(
     assert (held["epoch"], held["step"], len(held["val_loss"])) == ((at - 1) // 3, (at - 1) % 3 + 1, (at - 1) // 3)
     result, adapted = tune(task, tmp_path, RECIPE, **LORA)
     check_same((result, adapted), undisturbed)
-    assert "went on 1 times from a checkpoint" in result.notes
+    assert "went on once from a checkpoint" in result.notes
 
 
 def test_asked_while_it_measures(task: Task, tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +129,7 @@ def test_killed_anywhere_it_ends_with_the_same_bits(
     """In the first epoch, in the second, and at every stage of writing a checkpoint."""
     place, name = {
         "step": (Run, "_step"),
-        "tensors": (tuning_state, "_checksum"),
+        "tensors": (tuning_state, "_pieces"),
         "rename": (tuning_state.os, "replace"),
         "commit": (tuning_state.files, "write_atomic"),
         "prune": (Checkpoints, "_prune"),
@@ -201,6 +202,75 @@ def test_damage_is_found(tmp_path: Path) -> None:
     state.write_text(state.read_text().replace('"epoch": 1', '"epoch": 2'))
     with pytest.raises(CorruptError, match="does not match its digest"):
         Checkpoints(tmp_path, {"a": 1}).open()
+
+
+def test_what_to_do_about_a_damaged_state_is_said(tmp_path: Path) -> None:
+    kept(tmp_path)
+    state = tmp_path / "state.json"
+    state.write_bytes(state.read_bytes()[:-40])
+    with pytest.raises(CorruptError, match=r"state.json: not a sealed .*; restore it from a copy, or remove .* anew"):
+        Checkpoints(tmp_path, {"a": 1}).open()
+
+
+def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
+    """Read by the format's own reader, whatever types and shapes."""
+    tensors = {
+        "numbers": torch.randn(3, 5),
+        "halves": torch.randn(7).half(),
+        "short": torch.randn(2, 2).bfloat16(),
+        "wide": torch.randn(2).double(),
+        "one": torch.tensor(3),
+        "few": torch.tensor([1, 2], dtype=torch.int32),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "flags": torch.tensor([True, False, True]),
+        "none": torch.zeros(0, 4),
+        "turned": torch.randn(4, 3).T,
+    }
+    checkpoints = Checkpoints(tmp_path, {"a": 1})
+    checkpoints.save(Progress(epoch=1), tensors)
+    (path,) = tmp_path.glob("last-*")
+    from safetensors.torch import load_file
+
+    assert equal(load_file(path), tensors)
+    assert equal(checkpoints.last(), tensors)
+    assert all(value.dtype == tensors[name].dtype for name, value in load_file(path).items())
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    """A limit of the size of files stands for the disk: the system refuses to write on in the middle of a tensor."""
+    checkpoints = kept(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        with pytest.raises(StoreError, match=r"last-.*: cannot write \(File too large\); free space"):
+            checkpoints.save(Progress(epoch=2), {"x": torch.zeros(2**20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    again = Checkpoints(tmp_path, {"a": 1})
+    assert again.open() == Progress(epoch=1)
+    assert torch.equal(again.last()["x"], torch.ones(3))
+
+
+def test_a_full_disk_ends_a_run_that_goes_on_later(
+    task: Task, tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, calls = tuning_state._write, []
+
+    def full(path: Path, tensors: Any) -> Any:
+        calls.append(path.name)
+        if len(calls) == 3:  # the first two are those of the first epoch
+            raise StoreError(f"{path}: cannot write (No space left on device)")
+        return save(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning_state, "_write", full)
+        with pytest.raises(StoreError, match="No space left on device"):
+            tune(task, tmp_path, RECIPE, **LORA)
+    held = files.unseal((tmp_path / "checkpoints/state.json").read_bytes(), tmp_path)["progress"]
+    assert held["epoch"] == 1
+    check_same(tune(task, tmp_path, RECIPE, **LORA), undisturbed)
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 import typer
-from pictures import CONFIG, register_pictures, tree_bytes, write_pictures, write_table
+from pictures import CONFIG, register_pictures, sets_of, write_pictures, write_table
 from typer.testing import CliRunner
 
 from cli import extract as extracting
 from cli import operations, running
 from featstore.configs import RunConfig, SetConfig, each_set
 from featstore.errors import ConfigError, TaskError, UnknownNameError
-from featstore.extraction import loader
 from featstore.extraction.pipeline import extract, extract_sets
 from featstore.extraction.plan import Plan, make_plan
 from featstore.extraction.recheck import preprocessing, recheck
@@ -42,10 +41,6 @@ def plans(store: Path, config: SetConfig = VIEWS, run: RunConfig = RUN) -> list[
     return [make_plan(Store(store), "pics", each, run) for each in each_set(config)]
 
 
-def sets_of(store: Path) -> dict[str, dict[str, bytes]]:
-    return {folder.name: tree_bytes(folder) for folder in sorted((store / "sets/pics").iterdir())}
-
-
 @pytest.fixture(scope="module")
 def viewed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of 45 pictures with a set, two dino views and one chest view of it; for reading."""
@@ -54,20 +49,6 @@ def viewed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extract_sets(plans(root / "store"), RUN)
     extract(plans(root / "store", replace(VIEWS, views=0, view=1, augment="chest"))[0], RUN)
     return root / "store"
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Paths in the order in which files are read."""
-    seen: list[str] = []
-    original = loader.load_images
-
-    def counted(inputs: Any, opened: Any, sample: Any, *more: Any) -> Any:
-        seen.append(sample.path)
-        return original(inputs, opened, sample, *more)
-
-    monkeypatch.setattr(loader, "load_images", counted)
-    return seen
 
 
 # One pass, and what it writes

@@ -36,11 +36,29 @@ FACTS: dict[str, Architecture] = {
     "resnet": replace(resolve_name(BACKBONES["resnet50"]).architecture, variant="1-1-1-1"),
     "mobilenet": MOBILENETV2.architecture,
 }
+# Other listed vision transformers, of the size of those above.
+SHRUNK = {
+    label: replace(
+        resolve_name(BACKBONES[name]).architecture, depth=3, embed_dim=48, num_heads=3, mlp_dim=96, native_size=size
+    )
+    for label, name, size in (
+        ("vit", "vit-large", 64),
+        ("mae", "mae-base", 64),
+        ("msn", "msn-large", 64),
+        ("clip", "clip-large", 56),
+        ("sam", "sam-large", 64),
+        ("biomedclip", "biomedclip", 64),
+        ("uni", "uni", 64),
+        ("conch", "conch", 64),
+    )
+}
+for label in ("biomedclip", "conch"):  # a trunk as wide as what is made of it
+    SHRUNK[label] = replace(SHRUNK[label], patch_dim=48)
 LEARNERS = ("dinov2", "dinov3", "dinov3-convnext", "mobilenet")
 
 
 def load(label: str, seed: int = 0) -> NetworkBackbone:
-    facts = FACTS[label]
+    facts = FACTS[label] if label in FACTS else SHRUNK[label]
     family = find_family(facts.family)
     backbone = load_network(RandomTensors(seed, family), facts, family, "hf", OPTIONS)
     assert isinstance(backbone, NetworkBackbone)
@@ -52,7 +70,9 @@ def fresh(label: str, **options: Any) -> Trainable:
 
 
 def pixels(trainable: Trainable, count: int = 4, seed: int = 0) -> Tensor:
-    return images(trainable, 2, 2, count=count, seed=seed)
+    facts = trainable.architecture
+    side = facts.native_size // facts.patch_size if facts.fixed_size else 2
+    return images(trainable, side, side, count=count, seed=seed)
 
 
 def perturb(adapted: Adapted, scale: float = 0.05, seed: int = 1) -> None:

@@ -121,6 +121,12 @@ def find_targets(network: nn.Module, blocks: Sequence[str], targets: str) -> tup
     return tuple(name for name in inside if name in chosen), tuple(dict.fromkeys(notes))
 
 
+def matrices_of(block: nn.Module, role: str) -> list[nn.Module]:
+    """The matrices of a block that play a role by themselves, none where there are none; no adapted ones."""
+    inside: dict[str, nn.Module] = {n: module for n, module in block.named_modules() if isinstance(module, nn.Linear)}
+    return [inside[name] for name in _of_role(inside, role)]
+
+
 def usual_targets(network: nn.Module, blocks: Sequence[str]) -> str:
     """The targets where none are asked for: query and value, else both matrices of a block, else 1 x 1 convolutions.
 

@@ -69,8 +69,12 @@ def pretraining_of(source: BackboneSource) -> list[str] | None:
     """What the weights of a source were trained on, for the spec of a set; None where nobody says.
 
     A file given for a model's name has that model's training behind it at the least, and may have more. A folder that
-    is called like a model says nothing.
+    is called like a model says nothing. Of a fine-tuned network it is what the one before it was trained on; the data
+    sets of its runs stand in `trained_on`.
     """
+    if runs := source.weights.get("trained_on"):
+        before: list[str] | None = runs[0]["started_from"]["pretraining"]
+        return before
     kind, name = source.weights["kind"], known_name(source)
     if kind not in ("hub", "local", "embedded") or name is None:
         return None

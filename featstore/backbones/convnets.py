@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from featstore.backbones.architecture import Architecture
 
+# Images are no part of the check of sizes: behind kept activations the blocks have more rows than the one blank image.
 Features = tuple[Float[Tensor, "B D"], Float[Tensor, "B E h w"]]
 Maps = Float[Tensor, "B C H W"]
 NewMaps = Float[Tensor, "B E h w"]
@@ -79,7 +80,7 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.stages = len(depths)
 
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Features:
+    def forward(self, pixels: Float[Tensor, "_ 3 H W"]) -> Features:
         """(mean of the last map, the map)."""
         maps = F.max_pool2d(F.relu(self.bn1(self.conv1(pixels))), 3, 2, padding=1)
         for stage in range(self.stages):
@@ -105,7 +106,7 @@ class VGG(nn.Module):
             {"0": nn.Conv2d(before, width, VGG_GRID), "3": nn.Linear(width, width)}
         )
 
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Features:
+    def forward(self, pixels: Float[Tensor, "_ 3 H W"]) -> Features:
         """(output of the second matrix after its ReLU, the map before it is brought to 7 x 7)."""
         maps = self.features(pixels)
         vector = F.relu(self.classifier["0"](F.adaptive_avg_pool2d(maps, VGG_GRID))).flatten(1)
@@ -161,7 +162,7 @@ class DenseNet(nn.Module):
         for name, part in parts.items():
             self.features.add_module(name, part)
 
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Features:
+    def forward(self, pixels: Float[Tensor, "_ 3 H W"]) -> Features:
         """(mean of the last map, the map after its norm and ReLU)."""
         return _pool(F.relu(self.features(pixels)))
 
@@ -219,7 +220,7 @@ class MobileNetV2(nn.Module):
         layers.append(nn.Sequential(*_same(before, width, 1), nn.ReLU6()))
         self.features = nn.Sequential(*layers)
 
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Features:
+    def forward(self, pixels: Float[Tensor, "_ 3 H W"]) -> Features:
         """(mean of the last map, the map)."""
         return _pool(self.features(pixels))
 

@@ -1,6 +1,7 @@
 """A user's own network: `module:function`, a callable that returns a `Backbone`."""
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
@@ -25,7 +26,7 @@ def from_function(name: str) -> BackboneSource:
 
     Raises:
         UnknownNameError: nothing can be imported under that name.
-        ConfigError: what it names or returns is no backbone.
+        ConfigError: what it names or returns is no backbone, or it cannot be called so.
         WeightsError: its weights cannot be identified.
     """
     try:
@@ -57,15 +58,29 @@ class _FunctionLoader:
             raise ConfigError(
                 f"{self.name!r} loads its own network: --memory, --weight-dtype and --compile are not for it"
             )
-        backbone = self.function(
-            device=options.device, compute_dtype=options.compute_dtype, attention=options.attention
-        )
+        given = {"device": options.device, "compute_dtype": options.compute_dtype, "attention": options.attention}
+        self._check_signature(given)
+        backbone = self.function(**given)
         if not isinstance(backbone, Backbone):
             raise ConfigError(
                 f"{self.name!r} returned {type(backbone).__name__}; it must return a backbone: "
                 "a callable with architecture, device and dtype (featstore.backbones.tokens.Backbone)"
             )
         return backbone
+
+    def _check_signature(self, given: dict[str, Any]) -> None:
+        """Asked before the call, so that an error of the function itself stays one."""
+        try:
+            signature = inspect.signature(self.function)
+        except (TypeError, ValueError):  # of some callables written in C none is known
+            return
+        try:
+            signature.bind(**given)
+        except TypeError as error:
+            raise ConfigError(
+                f"{self.name!r} takes {signature}, and is called as function(device=, compute_dtype=, attention=) "
+                f"({error}); write it as `def {self.name.rpartition(':')[2]}(*, device, compute_dtype, attention)`"
+            ) from error
 
 
 def _identify(name: str, backbone: Backbone) -> str:

@@ -51,8 +51,8 @@ class _WithHead(nn.Module):
         """Choose the attention kernel of the trunk."""
         self.trunk.set_attn_implementation(name)
 
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B P E"]]:
-        """(cls, patches) of normalised images."""
+    def forward(self, pixels: Float[Tensor, "_ 3 H W"]) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B P E"]]:
+        """(cls, patches) of normalised images; behind kept activations there are more rows than the one blank image."""
         cls, patches = self.head(self.trunk(pixels).last_hidden_state)
         return cls, patches
 

@@ -12,6 +12,7 @@ from featstore.backbones.family import Family
 from featstore.backbones.weights import WeightFiles
 from featstore.errors import ConfigError, MissingWeightsError, UnknownNameError, WeightsError
 from featstore.files import digest
+from featstore.pretraining import runs_behind
 
 if TYPE_CHECKING:
     import featstore.backbones.tokens
@@ -89,7 +90,7 @@ class BackboneSource:
 
     `model` is the network's own name; `name` stands in set names, where random weights say so; `weights` says what the
     weights are, as JSON: `kind` (hub, local, random, embedded, function), `digest` and facts that do not depend on the
-    machine; `origin` says it for people, with paths.
+    machine, such as `trained_on`, the runs of `probes finetune` behind it; `origin` says it for people, with paths.
     `processor` is the checkpoint's own `preprocessor_config.json`; `listed` the name in `BACKBONES` that was asked for,
     None for a folder, a hub id or a function, whatever they are called. `known` is False where the weights are not at
     hand: the digest is a placeholder, and nothing can be loaded.
@@ -108,7 +109,12 @@ class BackboneSource:
 
     @property
     def name(self) -> str:
-        """Of sets: the last part of a function's or a path's name; random weights never share one with real ones."""
+        """Of sets: the last part of a function's or a path's name; random weights never share one with real ones.
+
+        Nor do those of a fine-tuned network with those it came from: `tiny-lora-seed0-3fa9c1`.
+        """
+        if runs := self.weights.get("trained_on"):
+            return f"{runs[-1]['name']}-{self.weights['digest'][:6]}"
         plain = self.model.rpartition("/")[2].rpartition(":")[2]
         return f"{plain}{RANDOM_ENDING}" if self.random and not plain.endswith(RANDOM_ENDING) else plain
 
@@ -300,13 +306,19 @@ def from_files(
     digest_cache: Path | None,
     pos_interp: str | None = None,
 ) -> BackboneSource:
-    """A source whose weights are files; `weights` gains their digest."""
+    """A source whose weights are files; `weights` gains their digest, and the fine-tuning runs behind local ones.
+
+    Raises:
+        WeightsError: facts of a run that are about other weights.
+    """
     facts = with_processor(architecture, found.processor)
     way = choose_interpolation(find_family(facts.family), pos_interp, meta_files=found.meta)
+    held = digest_files(found.files, digest_cache)
+    runs = runs_behind(found.files[0], held) if weights["kind"] == "local" else []
     return BackboneSource(
         model=model,
         architecture=facts,
-        weights={**weights, "digest": digest_files(found.files, digest_cache)},
+        weights={**weights, "digest": held, **({"trained_on": runs} if runs else {})},
         origin=origin,
         processor=found.processor,
         pos_interp=way,

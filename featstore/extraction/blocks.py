@@ -1,5 +1,6 @@
 """Blocks of a set that are to be computed: which images they need, and their rows written and committed in order."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,8 +145,9 @@ class Writing:
 class Tally:
     """Images done so far. One counts once, however often it is read; a sample that left the data set does not.
 
-    More failures than `share` of `total`, the images that all processes together are to do, are too many, whoever meets
-    them: one process alone ends when it has met so many, and `check_failures` counts those of all.
+    More failures than `share` of `total`, the images of the set, are too many, whoever meets them and when: `before`
+    are those that were committed already, by their reasons. One process alone ends when there are so many, and
+    `check_failures` counts those of all.
     """
 
     share: float
@@ -154,6 +156,7 @@ class Tally:
     computed: int = 0
     failed: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
+    before: dict[str, int] = field(default_factory=dict)
     _counted: bytearray = field(default_factory=bytearray)  # a byte a row: a set of numbers takes a hundred
 
     def add(self, batch: Batch) -> None:
@@ -178,37 +181,46 @@ class Tally:
 
     def check(self) -> None:
         """Raise `FeatstoreError` where more images have failed than `--max-failed` allows."""
-        if self.failed > self.share * max(self.total, self.computed):
+        failed = self.failed + sum(self.before.values())
+        if failed > self.share * self.total:
             raise FeatstoreError(
-                f"{self.failed} images could not be decoded, more than --max-failed {self.asked} allows; "
-                f"the last reason: {list(self.reasons)[-1]}; what is committed stays"
+                f"{failed} images could not be decoded, more than --max-failed {self.asked} allows; "
+                f"the last reason: {[*self.before, *self.reasons][-1]}; what is committed stays; allow more, or see "
+                "to the cause and give --retry-failed"
             )
 
 
-def tally_of(images: int, run: RunConfig) -> Tally:
-    """A tally for a pass over so many images, by one process or by several."""
-    return Tally(parse_share(run.max_failed), float(images), run.max_failed)
+def tally_of(blocks: Blocks, doing: Iterable[int], run: RunConfig) -> Tally:
+    """A tally for a pass over the blocks `doing` of a set, by one process or by several.
+
+    Raises:
+        FeatstoreError: what is committed of the other blocks holds more failures than `--max-failed` allows.
+    """
+    share = parse_share(run.max_failed)
+    before = {} if share >= 1 else _failures(blocks, set(doing))
+    found = Tally(share, float(len(blocks.position)), run.max_failed, before=before)
+    found.check()
+    return found
 
 
-def check_failures(blocks: Blocks, done: Iterable[tuple[int, tuple[str, ...]]], own: Tally) -> None:
-    """Judge a pass that is complete by the markers of its blocks, `done` as (block, array groups), whoever wrote them.
-
-    `own` is what this process did of it.
+def check_failures(blocks: Blocks, own: Tally) -> None:
+    """Judge a set by the markers of all its blocks, whoever wrote them; `own` is what this process did of it.
 
     Raises:
         FeatstoreError: more images failed in all than `--max-failed` allows.
     """
-    if own.share >= 1 or own.computed >= own.total:  # none can be too many; it has met all of them
-        return
-    wanted: dict[str, list[int]] = {}
-    for block, groups in done:
-        for group in groups:
-            wanted.setdefault(group, []).append(block)
+    if own.share < 1:  # else none can be too many
+        Tally(own.share, own.total, own.asked, before=_failures(blocks, set())).check()
+
+
+def _failures(blocks: Blocks, but: set[int]) -> dict[str, int]:
+    """Failed images of the manifest that are committed, by reason, blocks `but` left out."""
     failed: dict[int, str] = {}
-    for group, numbers in wanted.items():
+    for group in blocks.groups:
+        numbers = commits.committed_blocks(blocks.folder, group) - but
         for _, commit in sorted(commits.read_commits(blocks.folder, group, numbers).items()):
             failed.update((row, why) for row, why in commit.failed.items() if row in blocks.position)
-    Tally(own.share, own.total, own.asked, failed=len(failed), reasons=dict.fromkeys(failed.values(), 0)).check()
+    return dict(Counter(failed.values()))
 
 
 def progress_of(batch: Batch) -> tuple[int, int]:

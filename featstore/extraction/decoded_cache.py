@@ -297,7 +297,7 @@ class _Filling:
     def fill(self, lacking: Int64[np.ndarray, " K"], advance: Callable[[int, int], None], stop: Stop | None) -> None:
         wanted = set((self.blocks.row_index[lacking] // self.blocks.rows_per_block).tolist())
         units = {block: groups for block, groups in self.blocks.lacking().items() if block in wanted}
-        tally = tally_of(len(lacking), self.run)
+        tally = tally_of(self.blocks, units, self.run)
         again = _Again(self.cache.folder, units) if self.run.retry_failed else None
 
         def jobs(block: int) -> list[Job]:
@@ -331,7 +331,7 @@ class _Filling:
                 tally.add(batch)
                 advance(*progress_of(batch))
         if not left():
-            check_failures(self.blocks, units.items(), tally)
+            check_failures(self.blocks, tally)
 
     def _rows(self, batch: Batch) -> dict[str, np.ndarray]:
         rows = batch.pixels

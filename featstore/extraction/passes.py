@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from featstore.configs import RunConfig
-from featstore.extraction.blocks import Tally, Writing
+from featstore.extraction.blocks import Tally, Writing, tally_of
 from featstore.extraction.decoded_cache import Cache, CachedImages, pixels_of
 from featstore.extraction.lane import Lane, Rows
 from featstore.extraction.loader import Batch, Images, Job, open_loader
@@ -60,20 +60,17 @@ class Pass:
                 self.units.setdefault(unit, Unit(unit)).blocks.append((number, block, groups))
         self.units = dict(sorted(self.units.items()))
 
-    @property
-    def images(self) -> list[int]:
-        """Images that each lane has to do."""
-        counts = [0] * len(self.lanes)
+    def tallies(self) -> list[Tally]:
+        """For each lane what counts its images, and says when too many have failed.
+
+        Raises:
+            FeatstoreError: too many have by now.
+        """
+        doing: list[list[int]] = [[] for _ in self.lanes]
         for unit in self.units.values():
             for lane, block, _ in unit.blocks:
-                start, stop = self.lanes[lane].blocks.ranges[block]
-                position = self.lanes[lane].blocks.position
-                counts[lane] += sum(row in position for row in range(start, stop))
-        return counts
-
-    def blocks_of(self, lane: int) -> list[tuple[int, tuple[str, ...]]]:
-        """The blocks of a lane that were to be done, and the array groups that lacked each of them."""
-        return [(block, groups) for unit in self.units.values() for own, block, groups in unit.blocks if own == lane]
+                doing[lane].append(block)
+        return [tally_of(lane.blocks, own, self.run) for lane, own in zip(self.lanes, doing)]
 
     def left(self) -> list[int]:
         """Units that are not committed as a whole by now, whoever did the others."""

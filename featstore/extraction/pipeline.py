@@ -15,7 +15,7 @@ from featstore import files, records
 from featstore.backbones.tokens import Backbone
 from featstore.configs import RunConfig
 from featstore.errors import DeviceError, FeatstoreError, Stopped, StoreError
-from featstore.extraction.blocks import check_failures, progress_of, tally_of
+from featstore.extraction.blocks import check_failures, progress_of
 from featstore.extraction.claims import sweep_claims
 from featstore.extraction.creation import create_set, load_backbone
 from featstore.extraction.decoded_cache import Cache, fill_cache
@@ -306,7 +306,7 @@ def _compute(
     Claims stand in the folder of `meeting`, and units have as many rows as it says.
     """
     work = Pass(lanes, run, caches=caches, rows=meeting[1])
-    tallies = [tally_of(images, run) for images in work.images]
+    tallies = work.tallies()
     with Sharing(meeting[0], list(work.units), work.left, work.jobs, run, hooks.stop) as sharing:
         watch = hooks.watch(work, sharing)
 
@@ -324,8 +324,8 @@ def _compute(
         )
         if not work.left():
             sharing.claims.sweep()  # also what was killed before it had said whose it was
-            for number, (lane, tally) in enumerate(zip(lanes, tallies)):
-                check_failures(lane.blocks, work.blocks_of(number), tally)
+            for lane, tally in zip(lanes, tallies):
+                check_failures(lane.blocks, tally)
     found = []
     for lane, tally, count in zip(lanes, tallies, blocks):
         summary = Summary(lane.plan.name, tally.computed, tally.failed, count, reasons=tally.reasons)

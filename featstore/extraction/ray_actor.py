@@ -79,12 +79,12 @@ class SetFacts:
 
 @dataclass(slots=True)
 class Opened:
-    """What an actor found to do: for every pass its plans, their images to do, and its units.
+    """What an actor found to do: for every pass its plans, a tally of each for the driver, and its units.
 
     Of each unit the blocks as (plan number, block, an array group that lacks it).
     """
 
-    passes: list[tuple[list[int], list[int], dict[int, list[tuple[int, int, str]]]]]
+    passes: list[tuple[list[int], list[Tally], dict[int, list[tuple[int, int, str]]]]]
     sets: dict[int, SetFacts]
     notes: dict[int, list[str]]
 
@@ -314,13 +314,13 @@ class Actor:
             self._news.notify_all()
 
 
-def _contents(work: Pass) -> tuple[list[int], list[int], dict[int, list[tuple[int, int, str]]]]:
+def _contents(work: Pass) -> tuple[list[int], list[Tally], dict[int, list[tuple[int, int, str]]]]:
     numbers = [lane.number for lane in work.lanes]
     units = {
         unit.number: [(numbers[lane], block, groups[0]) for lane, block, groups in unit.blocks]
         for unit in work.units.values()
     }
-    return numbers, work.images, units
+    return numbers, work.tallies(), units
 
 
 def check_machine(order: Order) -> None:

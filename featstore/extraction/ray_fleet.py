@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from featstore.errors import ConfigError, FeatstoreError
-from featstore.extraction.blocks import Tally, tally_of
+from featstore.extraction.blocks import Tally
 from featstore.extraction.pipeline import Hooks, Summary
 from featstore.extraction.ray_actor import Actor, Count, Opened, Order, Report, SetFacts
 from featstore.extraction.ray_queue import Handout, Piece
@@ -222,12 +222,12 @@ class Fleet:
                 self._sync(number, member)
 
     def _open(self, number: int, member: Member, opened: Opened) -> None:
-        for index, (plans, images, units) in enumerate(opened.passes):
+        for index, (plans, tallies, units) in enumerate(opened.passes):
             self.handout.add((index, unit) for unit in units)
             self._blocks = {(index, unit): blocks for unit, blocks in units.items()} | self._blocks
-            for plan, count in zip(plans, images):
+            for plan, tally in zip(plans, tallies):
                 if plan not in self._totals:
-                    self._totals[plan] = Total(tally_of(count, self.run))
+                    self._totals[plan] = Total(tally)
         for plan, facts in opened.sets.items():
             total = self._totals[plan]
             total.facts = total.facts or facts

@@ -24,6 +24,7 @@ class Stop:
     """Whether a run is to end, and how long what is open may take. `budget`: seconds from now for the whole run.
 
     `clock` counts seconds. `is_working` is set by the loop that looks here: elsewhere a signal ends the run at once.
+    `has_kept`: something that stays was done, so that ending in what has to be done again is no standstill.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Stop:
         self.reason = ""
         self.code = 0
         self.is_working = False
+        self.has_kept = False
         self._clock = clock
         self._budget = budget
         self._end = None if budget is None else clock() + budget
