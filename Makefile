@@ -26,12 +26,13 @@ install:
 	@echo "creating $(VENV) (the first time this takes a minute)"
 	@if command -v uv >/dev/null 2>&1; then \
 	  test -x $(BIN)/python || uv venv --quiet --python $(PYTHON) $(VENV); \
-	  uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]'; \
+	  uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]'; \
 	else \
 	  test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]' >$(VENV)/install.log 2>&1 \
 	    || { cat $(VENV)/install.log; exit 1; }; \
 	fi
+	@$(BIN)/python -m compileall -q featstore probes cli
 	@$(BIN)/python -c 'import cli.main'
 
 demo: env

@@ -144,11 +144,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = harness.parser(__doc__ or "")
     parser.add_argument("--model", default="dinov2-small")
     parser.add_argument("--res", type=int, default=112)
-    parser.add_argument("--images", type=int, default=240, help="three fifths are trained on, one fifth validates")
+    parser.add_argument("--images", type=int, default=640, help="three fifths are trained on, one fifth validates")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--k", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=2, help="of each run")
-    parser.add_argument("--repeats", type=int, default=7, help="pairs of runs")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs")
     parser.add_argument("--features", nargs="+", default=list(FEATURES), help="what heads read")
     options = parser.parse_args(arguments)
     if options.quick:

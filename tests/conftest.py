@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: real data when it is there, a fresh store, thread limits."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Thousands of tests and a dozen large libraries are objects that stay: looked through again and again they would take a
+# quarter of the time of collecting tests, and seconds whenever code under test collects garbage itself.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,7 @@ def kill_until_done(store: Path, kills: int, num_blocks: int, rng: random.Random
 
 
 @pytest.mark.parametrize(
-    ("kills", "count"), [(2, 128), pytest.param(20, 600, marks=pytest.mark.slow)], ids=["some", "twenty"]
+    ("kills", "count"), [(1, 96), pytest.param(20, 600, marks=pytest.mark.slow)], ids=["one", "twenty"]
 )
 def test_killed_runs_lose_nothing(tmp_path: Path, kills: int, count: int, capsys: pytest.CaptureFixture[str]) -> None:
     store, calm = tmp_path / "store", tmp_path / "calm"

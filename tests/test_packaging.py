@@ -76,7 +76,7 @@ def test_constraints_are_names_and_versions_only() -> None:
     assert "torch==2.13.0" in lines
 
 
-SLOW = ("decode", "extract", "precision", "store", "suite")
+SLOW = ("decode", "extract", "precision", "probes", "store", "suite")
 
 
 @pytest.mark.parametrize(
