@@ -107,7 +107,8 @@ def finetune(
     if json:
         show.emit_json(records)
     else:
-        print_arms(records, data.results or home.path / "results", show.table)
+        given = None if store is None else home.path
+        print_arms(records, data.results or home.path / "results", show.table, store=given)
 
 
 def _nothing(text: str) -> None:

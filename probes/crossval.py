@@ -77,7 +77,7 @@ def summarise(folds: Sequence[dict[str, Any]], folder: Place, key: str, opened: 
             **{name: folds[0]["cost"][name] for name in ("not_counted",) if name in folds[0]["cost"]},
         },
         "deviations": list(dict.fromkeys(text for item in folds for text in item["deviations"])),
-        "notes": [POOLED_NOTE, _said(folds)],
+        "notes": [POOLED_NOTE, _said(folds), *_common(folds)],
     }
     return load_records_at(save_record(folder, record, {name: pooled[name] for name in pooled.column_names}))
 
@@ -169,6 +169,11 @@ def _spreads(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 metric: spread([macro[metric] for macro in macros]) for metric in macros[0]
             }
     return found
+
+
+def _common(folds: Sequence[dict[str, Any]]) -> list[str]:
+    """Notes that every fold has, and so say how all of them were made; those of single folds stay in their records."""
+    return [note for note in folds[0]["notes"] if all(note in item["notes"] for item in folds)]
 
 
 def _said(folds: Sequence[dict[str, Any]]) -> str:

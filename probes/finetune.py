@@ -4,6 +4,7 @@ A network is trained on images in the place of a head on features; everything be
 have: the record, its intervals, its thresholds, its count of how often the test split was opened.
 """
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -132,31 +133,50 @@ def evaluate_finetune(
     plan = make_plan(store, data.dataset, request.set_config, request.work.run, source)
     features = features_of(request, plan, data.features)
     foresee_request(store, request, plan)
+    for note in plan.notes:
+        say(note)
     team = Team(choose_device(request.work.device))
     try:
-        surveys = runs_folder(store.path, request)
-
-        def look(images: ImageSet, spec: TaskSpec, leak: bool, splits: Sequence[str]) -> Task:
-            folder = surveys / images.manifest.name / SURVEYS
-            return make_image_task(images, spec, team, allow_leak=leak, stop=stop, folder=folder, splits=splits)
-
-        tasks = _tasks(store, request, plan, look)
-        for note in plan.notes:
-            say(note)
-        folder = data.results or store.path / "results"
-        opened = times_opened(folder)
-        records = []
-        for task in tasks:
-            arm = _arm(store, request, plan, task, features=features, team=team, stop=stop)
-            for made in fit_arm(arm, task):
-                opened[task.test_key] += 1
-                if team.writes:
-                    times = opened[task.test_key] + opened[task.digest]
-                    records.append(_keep(request, task, features, made, folder=folder, opened=times))
-        if request.splits.crossed and team.writes:
-            records = _over_folds(records, folder, opened)
+        return _evaluate(store, request, plan, features, team, stop)
+    except BaseException as error:
+        _let_go(error)
+        raise
     finally:
         team.close()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Clear the frames that an error came through.
+
+    They hold the network wrapped for a team: its end may wait for other processes, and has to come before the team's.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def _evaluate(
+    store: Store, request: Request, plan: Plan, features: str, team: Team, stop: Stop | None
+) -> list[dict[str, Any]]:
+    surveys = runs_folder(store.path, request)
+
+    def look(images: ImageSet, spec: TaskSpec, leak: bool, splits: Sequence[str]) -> Task:
+        folder = surveys / images.manifest.name / SURVEYS
+        return make_image_task(images, spec, team, allow_leak=leak, stop=stop, folder=folder, splits=splits)
+
+    tasks = _tasks(store, request, plan, look)
+    folder = request.data.results or store.path / "results"
+    opened = times_opened(folder)
+    records = []
+    for task in tasks:
+        arm = _arm(store, request, plan, task, features=features, team=team, stop=stop)
+        for made in fit_arm(arm, task):
+            opened[task.test_key] += 1
+            if team.writes:
+                times = opened[task.test_key] + opened[task.digest]
+                records.append(_keep(request, task, features, made, folder=folder, opened=times))
+    if request.splits.crossed and team.writes:
+        return _over_folds(records, folder, opened)
     return records
 
 

@@ -114,6 +114,7 @@ def fit_arm(arm: Arm, task: Task) -> list[Seeded]:
         shard=arm.work.shard,
         export=False,
         score_test=False,
+        processor=arm.source.processor,
     )
     rates, seeds = arm.settled.rates, arm.settled.seeds
     facts: dict[str, Any] = {"start": {"from": arm.settled.values["start"], **started}}
@@ -191,28 +192,33 @@ class _Trials:
             raise TaskError(f"with seed {self.seed}: {self.failed[rate]}")
         arm, chosen = self.arm, self.tried[rate]
         export = TuningOptions(
-            **{name: getattr(self.options, name) for name in ("features", "start", "cache", "cache_dtype", "shard")}
+            **{
+                name: getattr(self.options, name)
+                for name in ("features", "start", "cache", "cache_dtype", "shard", "processor")
+            }
         )
         refit = bool(arm.settled.values["refit"])
         if refit:
             log.info("training on train and val with %s, seed %d", said_rate(rate), self.seed)
-            # A published count of epochs is a setting; else validation has chosen it, with the rate.
-            stop_after = None if arm.settled.preset.is_published else chosen.progress.chosen
+            # In a recipe that refits the count of epochs is a setting; else validation has chosen it, with the rate.
+            is_setting = arm.settled.preset.values.get("refit", False) and not arm.settled.values["patience"]
+            stop_after = None if is_setting else chosen.progress.chosen
             final = self._refit(rate, export, stop_after)
         else:
             # The run is finished: its weights are read and written, nothing is trained.
             final = self._export(rate, export)
-        place = None if final.weights is None else str(final.weights)
+        # Absolute, so that the printed line holds wherever it is run.
+        place = None if final.weights is None else str(final.weights.absolute())
         choices = self._choices(rate, chosen, final) | facts | {"weights": place}
         if refit:
             choices["refit_epochs"] = final.progress.epoch
         self._about(choices, self.folder / ("refit-" * refit + _name(rate)))
         notes = list(dict.fromkeys([*arm.notes, *chosen.notes, *self._notes(rate)]))
         if refit:
-            notes.append(
-                f"trained again on train and val, for {final.progress.epoch} epochs, with the rate that validation "
-                "chose; val shows the run before that"
-            )
+            notes += [  # the first is that of every fold too
+                "trained again on train and val with the rate that validation chose; val shows the run before that",
+                f"on train and val it was trained for {final.progress.epoch} epochs",
+            ]
         assert final.test_scores is not None
         fitted = Fitted(
             chosen.val_scores,
@@ -440,10 +446,15 @@ def _fit_start(arm: Arm, task: Task, path: Path) -> None:
 def _parity(arm: Arm, task: Task, start: LinearStart | None) -> dict[str, Any]:
     """That bfloat16 gives what float32 gives; once for an arm."""
     path = arm.root / PARITY
-    if path.is_file():
-        found: dict[str, Any] = files.unseal(path.read_bytes(), path)
-        _pays(arm, PARITY)
-        return found
+    with alone(arm.root, arm.team, arm.stop):  # commands for other seeds need the same one
+        if not arm.team.any([path.is_file()])[0]:
+            _check_parity(arm, task, start, path)
+    found: dict[str, Any] = files.unseal(path.read_bytes(), path)
+    _pays(arm, PARITY)
+    return found
+
+
+def _check_parity(arm: Arm, task: Task, start: LinearStart | None, path: Path) -> None:
     began = time.monotonic()
     log.info("checking bfloat16 against float32")
     rate = arm.settled.rates[-1]
@@ -461,7 +472,6 @@ def _parity(arm: Arm, task: Task, start: LinearStart | None) -> dict[str, Any]:
         _pays(arm, PARITY, time.monotonic() - began)
         files.write_atomic(path, files.sealed(facts))
     arm.team.wait()
-    return facts
 
 
 def _pays(arm: Arm, what: str, seconds: float | None = None) -> None:

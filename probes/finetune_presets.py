@@ -301,6 +301,10 @@ def settle(method: MethodConfig, steps: StepsConfig, augment: AugmentConfig, tri
             values[item.name] = given
     if steps.warmup is None:  # the preset's own gives way to fewer epochs; one that was asked for must fit
         values["warmup"] = min(values["warmup"], values["epochs"])
+    if values["keep"] == "last":
+        if steps.patience:
+            raise ConfigError("--keep last trains to the last epoch, and --patience ends before; leave one of them out")
+        values["patience"] = 0
     found = Settled(
         preset=preset,
         method=what,

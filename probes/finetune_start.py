@@ -128,6 +128,9 @@ def check_parity(
     seen = _first(val, PARITY_ROWS)
     plain = AugmentRecipe()
     found = {}
+    if team.writes:
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed, maybe with another seed
+    team.wait()
     for precision in ("float32", "bfloat16"):
         short = replace(
             recipe, epochs=1, precision=precision, patience=None, keep="loss", drop_last=False, augment=plain,

@@ -5,6 +5,7 @@ least; no arm is ranked by its score there. Work from records alone.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,9 @@ def arm_name(record: dict[str, Any]) -> str:
 
 
 def task_key(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What arms must have in common to stand in one table: task, splits, what is counted, geometry, starting network.
+    """What arms must have in common to stand in one table: task, splits, what is counted, geometry.
 
-    The seed and number of resamples too, so that intervals are of the same draws.
+    The seed and number of resamples too, so that intervals are of the same draws. Networks may differ.
     """
     task, evaluation = record["task"], record["config"]["evaluation"]
     return (
@@ -174,8 +175,13 @@ def summary_lines(arm: Sequence[dict[str, Any]]) -> list[str]:
     return [*filter(None, [seeds_line(arm)]), f"compare it: probes compare FROZEN {ids}"]
 
 
-def print_arms(records: list[dict[str, Any]], folder: Place, show: Callable[..., None]) -> None:
-    """Print the arms just made beside those that are kept of the same task, then what a reader must know."""
+def print_arms(
+    records: list[dict[str, Any]], folder: Place, show: Callable[..., None], *, store: Place | None = None
+) -> None:
+    """Print the arms just made beside those that are kept of the same task, then what a reader must know.
+
+    `store` stands in the lines that make features, None where it goes without saying.
+    """
     kept = [*load_records(folder), *records]
     for key in dict.fromkeys(task_key(record) for record in records):
         mine = [record for record in records if task_key(record) == key]
@@ -183,7 +189,7 @@ def print_arms(records: list[dict[str, Any]], folder: Place, show: Callable[...,
         same = list({record["id"]: record for record in same}.values())
         arms, own = arms_of(same), arms_of(mine)
         if not own:  # single folds, of which the record over all of them says everything
-            _print_extract_lines(mine)
+            _print_extract_lines(mine, store)
             continue
         show(*arm_table(arms), right=("seeds", *COST_COLUMNS))
         for arm in own:
@@ -196,18 +202,21 @@ def print_arms(records: list[dict[str, Any]], folder: Place, show: Callable[...,
         for arm in own:
             for line in summary_lines(arm):
                 print(f"  {line}")
-        _print_extract_lines(mine)
+        _print_extract_lines(mine, store)
 
 
-def _print_extract_lines(records: Sequence[dict[str, Any]]) -> None:
+def _print_extract_lines(records: Sequence[dict[str, Any]], store: Place | None) -> None:
     for record in records:
         if record["choices"].get("weights"):
             fold = f", fold {record['fold']['number']}" if "fold" in record else ""
-            print(f"  features of seed {seed_of(record)}{fold}: {extract_line(record)}")
+            print(f"  features of seed {seed_of(record)}{fold}: {extract_line(record, store)}")
 
 
-def extract_line(record: dict[str, Any]) -> str:
-    """The command that makes a set of features from the trained network, whose name says what trained it."""
+def extract_line(record: dict[str, Any], store: Place | None = None) -> str:
+    """The command that makes a set of features from the trained network, whose name says what trained it.
+
+    `store` is that of the command that trained it, where one was given.
+    """
     import shlex
 
     network, images, data = (record["config"][name] for name in ("network", "images", "evaluation"))
@@ -228,6 +237,7 @@ def extract_line(record: dict[str, Any]) -> str:
         "dicom-mode": images["dicom_mode"] if images["dicom_mode"] != "standard" else None,
         "decode": images["decode"] if images["decode"] != "full" else None,
         "published": choices.get("published"),
+        "store": store.absolute() if isinstance(store, Path) else store,  # a bucket is named whole
     }
     return "featstore extract " + " ".join(
         f"--{option} {shlex.quote(str(value))}" for option, value in options.items() if value is not None

@@ -61,5 +61,9 @@ def trained_task(task: Task) -> Task:
 
 
 def training_digest(task: Task) -> str:
-    """Changes with everything of a task that training sees: its rows and labels, not what it is tested on."""
-    return files.digest([trained_task(task).digest, list(task.labels)])
+    """Changes with everything of a task on images that training sees: rows that can be decoded and their labels.
+
+    Not with what it is tested on.
+    """
+    failed = sorted(row for row in task.features.failures if task.role[row] in ("train", "val"))
+    return files.digest([trained_task(task).digest, list(task.labels), failed])

@@ -22,8 +22,8 @@ from probes.taskspec import TaskSpec
 def learned_rows(features: FeatureSet, role: Shaped[np.ndarray, " N"], *, allow_leak: bool) -> tuple[str, ...]:
     """Notes on the runs behind a set's network and on the rows of a task (`role`) that they saw; the first names them.
 
-    Rows are found by id and patient where one release numbers both, else by the bytes of their files. A run's
-    validation rows count as seen: its epoch and learning rate were chosen on their labels.
+    Rows are found by id and patient where one release numbers both, else by the bytes of their files, as far as their
+    hashes are known. A run's validation rows count as seen: its epoch and learning rate were chosen on their labels.
 
     Raises:
         LeakError: test rows are among them, and that is not allowed.
@@ -44,11 +44,12 @@ def learned_rows(features: FeatureSet, role: Shaped[np.ndarray, " N"], *, allow_
             )
             continue
         seen = np.flatnonzero(np.isin(then, ["train", "val"]))
-        shared = _shared(held, seen, ours, np.flatnonzero(role == "test"), store)
+        shared, unknown = _shared(held, seen, ours, np.flatnonzero(role == "test"), store)
+        told += unknown
         if shared:
             found.append(f"training {_said(run)} and testing on {ours.name} share {'; '.join(shared)}")
         fitted = seen if run["refit"] else np.flatnonzero(then == "train")
-        shared = _shared(held, fitted, ours, np.flatnonzero(role == "val"), store)
+        shared, _ = _shared(held, fitted, ours, np.flatnonzero(role == "val"), store)
         if shared:
             told.append(
                 f"val: the network was trained on {'; '.join(shared)} of it: what validation chooses is optimistic"
@@ -63,10 +64,18 @@ def learned_rows(features: FeatureSet, role: Shaped[np.ndarray, " N"], *, allow_
 
 def _shared(
     held: Manifest, seen: Int[np.ndarray, " n"], ours: Manifest, rows: Int[np.ndarray, " m"], store: Store
-) -> list[str]:
-    """What rows of one manifest share with rows of another, in words."""
+) -> tuple[list[str], list[str]]:
+    """(what rows of one manifest share with rows of another, in words; notes on what cannot be told of it)."""
     if not one_release(held, ours):
-        return common_rows(held, seen, ours, rows, store)[0]
+        shared, hashed = common_rows(held, seen, ours, rows, store)
+        total = len(seen) + len(rows)
+        if hashed == total or not len(rows):
+            return shared, []
+        return shared, [
+            f"network: rows of {held.name} that trained it were sought by their bytes among the {hashed} of {total} "
+            f"images whose file has a known hash; it may have seen others of {ours.name} (an extracted set of "
+            f"{held.name} in this store makes its hashes known)"
+        ]
     found = []
     ids = set(np.array(held.column("id"))[seen].tolist()) & set(np.array(ours.column("id"))[rows].tolist())
     if ids:
@@ -75,7 +84,7 @@ def _shared(
     groups = [group for group in both if not group.startswith("id:")]  # which stands for one image
     if groups:
         found.append(f"{len(groups)} groups (patients), such as {min(groups)!r}")
-    return found
+    return found, []
 
 
 def _said(run: dict[str, Any]) -> str:

@@ -107,7 +107,8 @@ class ImageSet(FeatureSet):
         found = look_through(
             lambda jobs: self.open(jobs, check=False),
             rows,
-            Kept(folder, self.plan.manifest, self.preprocess),
+            # A cache knows what became of its images, and has pixels of no others.
+            Kept(None if self.run.decoded_cache else folder, self.plan.manifest, self.preprocess),
             Failures(self.run, total, before),
             team,
             stop=stop,

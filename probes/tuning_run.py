@@ -1,5 +1,6 @@
 """One fine-tuning run from a task on images to scores, costs and weights that `featstore extract` reads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ class TuningOptions:
 
     `cache`: folder of activations behind the last frozen block, made where they are not there, in `cache_dtype`.
     `shard`: cut the network over the processes (FSDP2); None: from a billion parameters on. `export`: write weights.
-    `score_test`: off for runs among which validation still chooses.
+    `score_test`: off for runs among which validation still chooses. `processor`: the `preprocessor_config.json` that
+    the network came with, written beside its weights.
     """
 
     features: str
@@ -65,6 +67,7 @@ class TuningOptions:
     shard: bool | None = None
     export: bool = True
     score_test: bool = True
+    processor: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +147,7 @@ def finetune(
             for split in (("val", "test") if options.score_test else ("val",))
         }
         cost = _cost(model, progress, team)
-        weights = export(model, folder, team) if options.export else None
+        weights = export(model, folder, team, options.processor) if options.export else None
     return TuningResult(
         scores["val"],
         scores.get("test"),
@@ -189,7 +192,6 @@ def _identity(task: Task, adapted: Adapted, recipe: TuningRecipe, options: Tunin
     return {
         "recipe": recipe.identity() | ({"micro": recipe.micro} if moves else {}),
         "task": training_digest(task),
-        "failed": files.digest(sorted(task.features.failures)),
         "weights": spec["identity"]["weights"],
         "architecture": adapted.trainable.architecture.as_dict(),
         "pos_interp": spec["identity"]["pos_interp"],
@@ -236,7 +238,7 @@ def _notes(model: Tuned, data: Data, recipe: TuningRecipe, team: Team, progress:
     return found
 
 
-def export(model: Tuned, folder: Path, team: Team) -> Path | None:
+def export(model: Tuned, folder: Path, team: Team, processor: Mapping[str, Any] | None = None) -> Path | None:
     """Write the head, the adapters of LoRA, and the whole network as the hub has it; a call of all processes.
 
     Returns what `featstore extract --weights` takes: the folder, or the file where the hub has no `config.json` for the
@@ -246,7 +248,7 @@ def export(model: Tuned, folder: Path, team: Team) -> Path | None:
     live = {name: whole(value.detach()).cpu() for name, value in adapted.live_state().items()}
     own = model.snapshot()
     facts = model.trainable.architecture
-    texts = {} if family is None else describe_folder(facts, family)
+    texts = {} if family is None else describe_folder(facts, family, processor)
     if team.writes:
         head = {name: value for name, value in own.items() if name.startswith("head.")}
         write_weights(folder / HEAD, head)

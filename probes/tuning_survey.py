@@ -16,7 +16,7 @@ from jaxtyping import Int64
 from featstore import files
 from featstore.configs import RunConfig, parse_share
 from featstore.datasets.manifest import Manifest
-from featstore.extraction.blocks import Tally
+from featstore.errors import CorruptError, FeatstoreError
 from featstore.extraction.loader import Images
 from featstore.extraction.stopping import Stop
 from featstore.images import PreprocessSpec
@@ -40,28 +40,34 @@ class Kept:
 
     def __init__(self, folder: Path | None, manifest: Manifest, preprocess: PreprocessSpec) -> None:
         key = files.digest([VERSION, manifest.digest, preprocess.as_dict()])
-        self._folder = None if folder is None else folder / key[:24]
+        self._folder, self._manifest = None if folder is None else folder / key[:24], manifest.digest
 
     def read(self) -> dict[int, RowState]:
-        """All pieces.
-
-        Raises:
-            CorruptError: one is damaged.
-        """
+        """All pieces; of one that is damaged the images are looked at again."""
         found: dict[int, RowState] = {}
         for path in sorted(self._folder.glob("*.json")) if self._folder is not None else ():
-            body = files.unseal(path.read_bytes(), path)
+            try:
+                body = files.unseal(path.read_bytes(), path)
+            except CorruptError:
+                continue
             found |= {row: RowState(content) for row, content in zip(body["rows"], body["contents"], strict=True)}
         return found
 
-    def write(self, states: dict[int, RowState]) -> None:
-        """Add a piece: the good ones of `states`."""
+    def write(self, states: dict[int, RowState]) -> bool:
+        """Add a piece: the good ones of `states`; whether there were any.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
         good = {row: state.content for row, state in sorted(states.items()) if state.reason is None}
         if self._folder is None or not good:
-            return
-        body = {"rows": list(good), "contents": list(good.values())}
-        files.make_folder(self._folder)
+            return False
+        # The manifest is what `featstore.store.hashes` finds them by.
+        body = {"manifest": self._manifest, "rows": list(good), "contents": list(good.values())}
+        with files.writing(self._folder):
+            files.make_folder(self._folder)
         files.write_atomic(self._folder / f"{files.digest(body['rows'])[:24]}.json", files.sealed(body))
+        return True
 
 
 class Failures:
@@ -82,7 +88,10 @@ class Failures:
         if self.count > self._share * self._total:
             mine = [state.reason for state in own.values() if state.reason is not None]
             reasons = Counter([*self._before.values(), *(why for part in team.objects(mine) for why in part)])
-            Tally(self._share, float(self._total), self._asked, before=dict(reasons)).check()
+            raise FeatstoreError(
+                f"{self.count} of the {self._total} images of the task could not be decoded, more than --max-failed "
+                f"{self._asked} allows; the last reason: {list(reasons)[-1]}; allow more, or see to the cause"
+            )
 
 
 def look_through(
@@ -124,12 +133,12 @@ def look_through(
                 asked, failed = watch.step(len(states), sum(state.reason is not None for state in states.values()))
                 failures.add(failed, own, team)
                 if len(piece) >= PIECE or time.monotonic() - since >= PIECE_SECONDS:
-                    kept.write(piece)
-                    watch.kept()
+                    if kept.write(piece):
+                        watch.kept()
                     piece, since = {}, time.monotonic()
                 if number + 1 < rounds:  # else it is done
                     check_asked(asked, stop)
         finally:
-            kept.write(piece)
-            watch.kept()
+            if kept.write(piece):
+                watch.kept()
     return found | {row: state for part in team.objects(own) for row, state in part.items()}

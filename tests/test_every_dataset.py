@@ -22,7 +22,13 @@ def test_every_adapter_has_a_miniature() -> None:
     assert sorted(WRITERS) == ADAPTERS
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+# One of each kind of input each time; all of them with the full counts.
+QUICK = ("camelyon17", "chexpert", "ct-rate", "folder", "nih", "table", "vindr-cxr")
+
+
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in ADAPTERS]
+)
 def test_register_extract_probe(adapter: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     made = WRITERS[adapter](tmp_path / "data")

@@ -134,6 +134,10 @@ def test_images_of_a_preset_give_way_to_flags() -> None:
         ({"method": "full", "layer_decay": 2.0}, "layer decay must be above 0 and at most 1"),
         ({"method": "full", "ema": 1.0}, "ema must be above 0 and below 1"),
         ({"method": "lora", "dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        (
+            {"method": "full", "keep": "last", "patience": 3},
+            "--keep last trains to the last epoch, and --patience ends",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_at_once(options: dict[str, Any], message: str) -> None:

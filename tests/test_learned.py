@@ -19,6 +19,7 @@ from featstore.extraction.plan import make_plan
 from featstore.pretraining import overlap_of_set
 from featstore.register import register
 from featstore.store.catalog import Store
+from featstore.store.hashes import file_hashes
 from probes.configs import EvalConfig, LinearConfig, SplitConfig, TaskConfig
 from probes.evaluation import evaluate_sets
 from probes.known import TASKS
@@ -31,15 +32,21 @@ RUN = RunConfig(device="cpu", workers=1)
 TABLE = {"table": Path("table.csv"), "group_column": "patient", "label_columns": "first,second"}
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 pictures as `pics`; the same files as `copies` under another name; `others`, which share nothing."""
-    path = tmp_path_factory.mktemp("learned")
+def with_copies(path: Path) -> Path:
+    """A store with 64 pictures as `pics`, and the same files as `copies`."""
     store = pictures(path, 64)
     names = [place.name for place in sorted((path / "pics" / "images").iterdir())]
     shutil.copytree(path / "pics" / "images", path / "copies" / "scans")
     write_table(path / "copies", [f"scans/{name}" for name in names])
     register(store, "copies", path / "copies", RegisterConfig(split_column="split", **TABLE))
+    return store
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 pictures as `pics`; the same files as `copies` under another name; `others`, which share nothing."""
+    path = tmp_path_factory.mktemp("learned")
+    store = with_copies(path)
     write_table(path / "others", write_pictures(path / "others", 40, start=500))
     register(store, "others", path / "others", RegisterConfig(split_column="split", **TABLE))
     return store
@@ -185,19 +192,50 @@ def test_test_rows_that_it_has_seen_are_refused(home: Path, tuned: dict[str, Any
     assert "groups (patients), such as 'p" in note
 
 
-def test_rows_of_another_data_set_are_found_by_their_bytes(home: Path, tuned: dict[str, Any]) -> None:
-    found = set_of(home, tuned, "copies")
-    record = linear(home, found)  # its test rows are not those that trained
-    assert record["pretraining_overlap"] == "unknown"
-    spec = TaskSpec(name="x", labels=("first", "second"), fold=Fold(number=0, of=4))
+def test_rows_of_another_data_set_are_found_by_their_bytes(tmp_path: Path) -> None:
+    """Nothing of the training data is extracted: their hashes are those of the look through it before training."""
+    home = with_copies(tmp_path)
+    record = evaluate(home, model="tiny", method="last-k", lr="1e-3", start="random")[0]
+    found = set_of(home, record, "copies")
+    assert Store(home).sets() == [found.name]
+    plain = linear(home, found)  # its test rows are not those that trained
+    assert plain["pretraining_overlap"] == "unknown"
+    assert not any("known hash" in note for note in plain["task"]["notes"])
     with pytest.raises(
-        LeakError, match=r"training fine-tuned .* and testing on copies share \d+ byte-identical images"
+        LeakError, match=r"training fine-tuned .* and testing on copies share 1\d byte-identical images"
     ):
+        linear(home, found, folds=4)
+    spec = TaskSpec(name="x", labels=("first", "second"), fold=Fold(number=0, of=4))
+    assert any("leak allowed: " in note for note in make_task(found, spec, allow_leak=True).notes)
+    assert file_hashes(Store(home), Store(home).manifest("pics")) == file_hashes(Store(home), found.manifest)
+    for piece in (home / "finetune/pics/surveys").rglob("*.json"):
+        piece.write_bytes(piece.read_bytes()[:-9])  # as by a broken disk: what it says is unknown
+    assert set(file_hashes(Store(home), Store(home).manifest("pics"))) == {None}
+
+
+def test_what_cannot_be_sought_by_its_bytes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = with_copies(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    record = evaluate(home, model="tiny", method="last-k", lr="1e-3", start="random", runs=Path("runs"))[0]
+    assert Path(record["choices"]["weights"]).is_relative_to(tmp_path / "runs")
+    spec = TaskSpec(name="x", labels=("first", "second"), fold=Fold(number=0, of=4))
+    found = set_of(home, record, "copies")
+    task = make_task(found, spec)
+    tested, seen = len(task.index("test")), sum(record["task"]["splits"][split] for split in ("train", "val"))
+    assert (
+        "network: rows of pics that trained it were sought by their bytes among the "
+        f"{tested} of {tested + seen} images whose file has a known hash; it may have seen others of copies "
+        "(an extracted set of pics in this store makes its hashes known)"
+    ) in task.notes
+    set_of(home, record, "pics")
+    with pytest.raises(LeakError, match="byte-identical"):
         make_task(found, spec)
-    notes = make_task(found, spec, allow_leak=True).notes
-    assert any("byte-identical" in note for note in notes)
+
+
+def test_files_of_others_are_not_taken_for_seen(home: Path, tuned: dict[str, Any]) -> None:
+    spec = TaskSpec(name="x", labels=("first", "second"), fold=Fold(number=0, of=4))
     clean = make_task(set_of(home, tuned, "others"), spec).notes
-    assert not any("leak" in note for note in clean)
+    assert not any("leak" in note or "known hash" in note for note in clean)
 
 
 def test_tests_on_another_data_set_are_checked(home: Path, tuned: dict[str, Any], tmp_path: Path) -> None:

@@ -89,7 +89,10 @@ def check_optimum(X: np.ndarray, y: np.ndarray, C: float, standardize: bool, cla
     assert ours <= theirs * (1 + GAP)
 
 
-@pytest.mark.parametrize("name", problems())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "five classes, wide" else []) for name in problems()],
+)
 def test_the_optimum_is_reached(name: str) -> None:
     check_optimum(*problems()[name])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tuning_runs import LABELS, image_set, pictures
 
-from featstore.errors import CorruptError, FeatstoreError, ManifestError, Stopped
+from featstore.errors import CorruptError, FeatstoreError, ManifestError, Stopped, StoreError
 from featstore.extraction.loader import Loader
 from featstore.extraction.stopping import Stop
 from featstore.store.catalog import Store
@@ -152,13 +152,16 @@ def test_another_preprocessing_or_a_damaged_piece(store: Path, tmp_path: Path, d
 def test_too_many_failures(cache: bool, store: Path, tmp_path: Path) -> None:
     damage(store, 3, 30)
     with pytest.raises(
-        FeatstoreError, match=r"^2 images could not be decoded, more than --max-failed 4% allows; the last"
+        FeatstoreError,
+        match=r"^2 .*images.* could not be decoded, more than --max-failed 4% allows;",
     ):
         image_set(store, cache=cache, max_failed="4%").survey(ROWS, folder=tmp_path)
     allowed = image_set(store, cache=cache, max_failed="4.2%")  # 2 of 48
     allowed.survey(ROWS, folder=tmp_path)
     assert sorted(allowed.failures) == [3, 30]
-    with pytest.raises(FeatstoreError, match=r"1 images could not be decoded, more than --max-failed 4\.2% allows"):
+    with pytest.raises(
+        FeatstoreError, match=r"^1 of the \d+ images of the task .*, more than --max-failed 4\.2% allows"
+    ):
         image_set(store, max_failed="4.2%").survey(ROWS[:20], folder=tmp_path)  # 1 of the 20 that are used
 
 
@@ -292,8 +295,47 @@ def test_processes_share_a_survey_and_end_together(store: Path, tmp_path: Path) 
     assert one.manifest.column("content") == expected.manifest.column("content")
     many = together(lambda member: survey(member, max_failed="1%"))
     assert [str(each).partition(";")[0] for each in many] == [
-        "1 images could not be decoded, more than --max-failed 1% allows"
+        "1 of the 47 images of the task could not be decoded, more than --max-failed 1% allows"
     ] * 2
+
+
+def test_only_what_is_new_counts_as_kept(store: Path, tmp_path: Path) -> None:
+    damage(store, 5)
+    first, second = Stop(), Stop()
+    image_set(store).survey(ROWS, stop=first, folder=tmp_path / "kept")
+    image_set(store).survey(ROWS, stop=second, folder=tmp_path / "kept")  # the failed one again, in vain
+    assert (first.has_kept, second.has_kept) == (True, False)
+
+
+def test_a_damaged_piece_is_looked_at_again(store: Path, tmp_path: Path, decoded: list[int]) -> None:
+    image_set(store).survey(ROWS, folder=tmp_path / "kept")
+    (piece,) = (tmp_path / "kept").glob("*/*.json")
+    whole = piece.read_bytes()
+    piece.write_bytes(whole[:-9])
+    decoded.clear()
+    image_set(store).survey(ROWS, folder=tmp_path / "kept")
+    assert sorted(set(decoded)) == ROWS.tolist()
+    assert piece.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match="file"):
+        image_set(store).survey(ROWS, folder=tmp_path / "file" / "kept")
+
+
+def test_a_cache_is_asked_about_its_own_images(store: Path, tmp_path: Path) -> None:
+    table = Store(store).manifest("pics").table
+    path = store.parent / "pics" / table.column("path")[3].as_py()
+    data, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    damage(store, 3)
+    image_set(store, cache=True).survey(ROWS, folder=tmp_path / "kept")  # the cache holds it as failed
+    path.write_bytes(data)
+    os.utime(path, ns=times)
+    image_set(store).survey(ROWS, folder=tmp_path / "kept")  # and a survey without it as good
+    images = image_set(store, cache=True)
+    images.survey(ROWS, folder=tmp_path / "kept")
+    assert images.failures.keys() == {3}
 
 
 def test_a_task_of_test_rows_alone(store: Path) -> None:

@@ -7,6 +7,7 @@ caller's to repeat when the file is loaded.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Shaped
@@ -83,12 +84,18 @@ def write_weights(file: Path, tensors: Mapping[str, Shaped[Tensor, "..."]]) -> N
     write_atomic(file, save(whole, metadata={"format": "pt"}))
 
 
-def describe_folder(architecture: Architecture, family: Family) -> dict[str, str]:
-    """Texts of the files beside `model.safetensors` that make a folder one of the hub's; empty where it needs none."""
+def describe_folder(
+    architecture: Architecture, family: Family, processor: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Texts of the files beside `model.safetensors` that make a folder one of the hub's; empty where it needs none.
+
+    `processor` is the `preprocessor_config.json` of what was trained, which stays as it is: mean and std of the
+    architecture are read from it, and `--geometry hf` follows it. Without one mean and std alone are written.
+    """
     if family.write is None:
         return {}
     config = {"model_type": family.model_type, "architectures": [family.model_class], **family.write(architecture)}
-    processor = {
+    made = {
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -97,5 +104,5 @@ def describe_folder(architecture: Architecture, family: Family) -> dict[str, str
     }
     return {
         "config.json": json.dumps(config, indent=2),
-        "preprocessor_config.json": json.dumps(processor, indent=2),
+        "preprocessor_config.json": json.dumps(made if processor is None else dict(processor), indent=2),
     }
