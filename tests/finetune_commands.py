@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-ALWAYS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+ALWAYS = {
+    "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", "COLUMNS": "200",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # a thread that no fork should meet
+}  # fmt: skip
 SMALL = {
     "dataset": "pics", "model": "tiny-random", "res": "42", "labels": "first,second", "resamples": "20",
     "device": "cpu", "workers": "1", "method": "full", "lr": "1e-3", "epochs": "2", "batch": "8", "seeds": "2",
