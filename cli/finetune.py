@@ -1,9 +1,6 @@
 """`probes finetune`: networks trained on images, beside the heads on their frozen features."""
 
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from cli import show
@@ -100,7 +97,7 @@ def finetune(
     if work.dry_run:
         return
     stop = make_stop(work.run)
-    with _told(speaks), signals(stop):
+    with show.told(*LOGS, speaks=speaks), signals(stop):
         records = evaluate_finetune(home, request, stop=stop, say=show.say if speaks else _nothing)
     if not speaks:
         return
@@ -113,32 +110,6 @@ def finetune(
 
 def _nothing(text: str) -> None:
     """What the first process of a team says is said once."""
-
-
-@contextmanager
-def _told(speaks: bool) -> Iterator[None]:
-    """Show what the runs say of their progress on stderr; of several processes the first one's."""
-
-    class Line(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if speaks:
-                show.say(record.getMessage())
-
-    handler = Line()
-    before = []
-    for name in LOGS:
-        log = logging.getLogger(name)
-        before.append((log, log.level, log.propagate))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
-    try:
-        yield
-    finally:
-        for log, level, propagate in before:
-            log.removeHandler(handler)
-            log.setLevel(level)
-            log.propagate = propagate
 
 
 COMMANDS = {"finetune": finetune}

@@ -90,7 +90,7 @@ def evaluate(
         print(f"store {home.path}", flush=True)
     if extract:
         _extract_first(home, config)
-    with show.told():
+    with show.told("probes.training"):
         records = evaluate_sets(
             home,
             probe,

@@ -167,21 +167,25 @@ def megabytes(label: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Show on stderr what loops that train heads say of their progress."""
+def told(*names: str, speaks: bool = True) -> Iterator[None]:
+    """Show on stderr what these loggers say of progress; of several processes only those that speak do."""
 
     class Line(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            say(record.getMessage())
+            if speaks:
+                say(record.getMessage())
 
-    log, handler = logging.getLogger("probes.training"), Line()
-    before = log.level, log.propagate
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    handler = Line()
+    logs = [logging.getLogger(name) for name in names]
+    before = [(log.level, log.propagate) for log in logs]
+    for log in logs:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
     try:
         yield
     finally:
-        log.removeHandler(handler)
-        log.setLevel(before[0])
-        log.propagate = before[1]
+        for log, (level, propagate) in zip(logs, before):
+            log.removeHandler(handler)
+            log.setLevel(level)
+            log.propagate = propagate

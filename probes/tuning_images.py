@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 
 from featstore.configs import RunConfig
 from featstore.datasets.manifest import MISSING
-from featstore.errors import ConfigError, DecodeError, IncompleteError, TaskError
+from featstore.errors import ConfigError, DecodeError, IncompleteError
 from featstore.extraction.decoded_cache import CachedImages, fill_cache, find_cache
 from featstore.extraction.loader import NO_CONTENT, Batch, Images, Job, check_files, open_loader
 from featstore.extraction.plan import Plan
@@ -27,7 +27,7 @@ from probes.checks import Kind
 from probes.roles import SPLITS
 from probes.tasks import Task, make_task
 from probes.taskspec import TaskSpec
-from probes.trained import owner_of
+from probes.trained import check_labels_or_classes, owner_of
 from probes.tuning_ranks import Team
 from probes.tuning_survey import Failures, Kept, look_through
 from probes.tuning_watch import Rate, check_asked
@@ -260,12 +260,7 @@ def kind_of(task: Task) -> Kind:
     Raises:
         TaskError: numbers or ranks.
     """
-    if task.kind == "multilabel" or task.kind == "multiclass":
-        return task.kind
-    raise TaskError(
-        f"task {task.name!r} is {task.kind}, and `probes finetune` trains heads of labels and classes; use `probes "
-        "linear` (ridge regression) on features"
-    )
+    return check_labels_or_classes(task, "finetune")
 
 
 def split_images(task: Task, split: str) -> Split:

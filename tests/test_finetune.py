@@ -11,7 +11,7 @@ from finetunes import evaluate, request
 from pictures import register_pictures, tree_bytes
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from tuning_runs import pictures, task_of
+from tuning_runs import After, pictures, task_of
 from typer.testing import CliRunner
 
 from cli.main import _probe_app
@@ -21,7 +21,6 @@ from featstore.configs import RegisterConfig, RunConfig, SetConfig
 from featstore.errors import ConfigError, CorruptError, Stopped, TaskError
 from featstore.extraction.pipeline import extract
 from featstore.extraction.plan import make_plan
-from featstore.extraction.stopping import Stop
 from featstore.objects import parse_place
 from featstore.register import register
 from featstore.store.catalog import Store
@@ -259,21 +258,6 @@ def test_a_damaged_start_is_told(home: Path, tmp_path: Path) -> None:
 
 
 # Going on
-
-
-class After(Stop):
-    """Asked to end at the n-th look."""
-
-    def __init__(self, looks: int) -> None:
-        super().__init__()
-        self.left = looks
-
-    @property
-    def asked(self) -> bool:
-        self.left -= 1
-        if self.left < 0:
-            self.ask("stopped by the test", 75)
-        return bool(self.reason)
 
 
 def test_the_same_request_goes_on(home: Path, full: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tuning_runs import LABELS, image_set, pictures
+from tuning_runs import LABELS, After, image_set, pictures
 
 from featstore.errors import CorruptError, FeatstoreError, ManifestError, Stopped, StoreError
 from featstore.extraction.loader import Loader
@@ -22,21 +22,6 @@ from probes.tuning_ranks import Team
 from probes.tuning_watch import Rate, Watch, check_asked, said_time
 
 ROWS = np.arange(48)
-
-
-class After(Stop):
-    """Asked to end at the n-th look."""
-
-    def __init__(self, looks: int) -> None:
-        super().__init__()
-        self.left = looks
-
-    @property
-    def asked(self) -> bool:
-        self.left -= 1
-        if self.left < 0:
-            self.ask("stopped by the test", 75)
-        return bool(self.reason)
 
 
 @pytest.fixture

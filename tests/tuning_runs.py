@@ -10,6 +10,7 @@ from pictures import register_pictures
 from featstore.backbones.trainable import make_trainable
 from featstore.configs import RunConfig, SetConfig
 from featstore.extraction.plan import make_plan
+from featstore.extraction.stopping import Stop
 from featstore.store.catalog import Store
 from probes.adapters import Adapted, adapt
 from probes.adapters_config import AdapterConfig
@@ -23,6 +24,21 @@ RUN = RunConfig(workers=2, device="cpu")
 LABELS = TaskSpec(name="labels", labels=("first", "second"))
 FEATURES = "cls+mean_patch"
 FAST = TuningRecipe(epochs=2, batch=8, optimisation=Optimisation(lr=1e-4, head_lr=1e-2))
+
+
+class After(Stop):
+    """Asked to end at the n-th look."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.left = looks
+
+    @property
+    def asked(self) -> bool:
+        self.left -= 1
+        if self.left < 0:
+            self.ask("stopped by the test", 75)
+        return bool(self.reason)
 
 
 def pictures(path: Path, count: int = 48, *, store: str = "store") -> Path:
