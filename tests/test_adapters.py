@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from standins import read_rows, write_chexpert, write_chexpert_tables, write_nih, write_text
 
-from featstore.datasets import chexpert, digits, nih
+from featstore.datasets import chexpert, digits, nih, source
 from featstore.datasets.source import RESERVED, build_table, check_inside, read_csv
 from featstore.errors import ManifestError
 
@@ -113,6 +114,41 @@ def test_csv_files_that_cannot_be_read(tmp_path: Path) -> None:
     wide.write_text(",".join(f"c{i}" for i in range(400)) + f"\n{row}\n{row}\n")
     with pytest.raises(ManifestError, match=r"cannot be read as delimited text .* is a row above 16 MiB"):
         read_csv(wide)
+
+
+class _SlowFile(io.FileIO):
+    """A file whose reads take long, and which counts those that end after it was closed."""
+
+    reads: int = 0
+    late: int = 0
+
+    def readinto(self, buffer: Any) -> int:
+        got = super().readinto(buffer)
+        time.sleep(0.1)
+        self.reads += 1
+        self.late += self.closed
+        return got
+
+
+def test_no_read_is_under_way_when_a_failed_table_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Arrow reads ahead; a read of a closed descriptor takes bytes from the next file that gets its number.
+    table = tmp_path / "wide.csv"
+    table.write_bytes(b"a,b\n" + b"1" * (80 << 20) + b",2\n")
+    files: list[_SlowFile] = []
+
+    def opened(path: Path) -> io.BufferedReader:
+        files.append(_SlowFile(path, "rb"))
+        return io.BufferedReader(files[-1])
+
+    monkeypatch.setattr(source, "_open_bytes", opened)
+    monkeypatch.setattr(source, "_read_header", lambda *_: (["a", "b"], True))
+    for _ in range(3):
+        with pytest.raises(ManifestError):
+            read_csv(table)
+        time.sleep(0.2)
+    assert [file.closed for file in files] == [True] * 3
+    assert min(file.reads for file in files) > 0
+    assert [file.late for file in files] == [0, 0, 0]
 
 
 # ---- paths and tables

@@ -136,7 +136,10 @@ def read_csv(path: Path, *, delimiter: str = ",") -> "pa.Table":
     if not has_rows:
         return pa.table({label: pa.array([], pa.string()) for label in labels})
     try:
-        with pa.input_stream(str(path), compression="detect") as stream:
+        # Arrow reads ahead, and may still be at it when a row has failed. Were the descriptor Arrow's own, that read
+        # would go to whatever file is given its number next; a Python file waits for it before it closes.
+        packed = "gzip" if path.name.endswith(".gz") else None
+        with _open_bytes(path) as source, pa.input_stream(source, compression=packed) as stream:
             table = arrow_csv.read_csv(
                 stream,
                 # A row must fit a block; radiology reports stand in single fields.
@@ -159,6 +162,10 @@ def read_csv(path: Path, *, delimiter: str = ",") -> "pa.Table":
         _raise_first_fault(path, delimiter, len(names))
     blank = [label for label, name in zip(labels, names) if not name and table[label].null_count == table.num_rows]
     return table.drop_columns(blank) if blank else table
+
+
+def _open_bytes(path: Path) -> io.BufferedReader:
+    return path.open("rb")
 
 
 def _open_text(path: Path) -> io.TextIOWrapper:
