@@ -8,7 +8,7 @@ export UV_FIND_LINKS ?= $(if $(PIP_FIND_LINKS),$(PIP_FIND_LINKS),$(LINKS))
 # Spinning threads of two pools starve each other on few cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all lint types env env-test bench clean
+.PHONY: demo test test-all quick lint types env env-test bench clean
 
 env: $(VENV)/.demo
 env-test: $(VENV)/.test
@@ -39,8 +39,12 @@ demo: env
 	$(BIN)/featstore demo
 
 # Two processes, each test file in one of them: half the time on two cores, and fixtures of a file are made once.
+# Lint and types run beside them: tests wait for files and for each other now and then.
 JOBS ?= 2
-test: env-test lint types
+test: env-test
+	@$(MAKE) --no-print-directory -j 3 lint types quick
+
+quick: env-test
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-all: env-test lint types

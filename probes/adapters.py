@@ -65,6 +65,15 @@ class Adapted:
             added=sum(parameter.numel() for name, parameter in named if adapters_lora.plain_name(name) is None),
         )
 
+    def ignored(self) -> dict[str, slice]:
+        """Those of `parameters` (or a part along axis 0) that no token depends on: biases of attention keys, by name.
+
+        They count among those that train, but whatever gradient they have is rounding; the true one is 0.
+        """
+        known = self.trainable.key_biases
+        plain = {name: adapters_lora.plain_name(name) for name in self.parameters}
+        return {name: known[own] for name, own in plain.items() if own is not None and own in known}
+
     def groups(self, *, lr: float, weight_decay: float = 0.0, layer_decay: float = 1.0) -> list[dict[str, Any]]:
         """Groups for an optimiser, with their `names`: lr x layer_decay^(depths above), vectors without weight decay.
 

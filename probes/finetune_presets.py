@@ -299,6 +299,7 @@ def settle(method: MethodConfig, steps: StepsConfig, augment: AugmentConfig, tri
                     f"{flag_of(item.name)} {_said(given)}; {preset.name} has {_said(values.get(item.name))}"
                 )
             values[item.name] = given
+    _refuse_idle(what, values, steps, augment, trials)
     if steps.warmup is None:  # the preset's own gives way to fewer epochs; one that was asked for must fit
         values["warmup"] = min(values["warmup"], values["epochs"])
     if values["keep"] == "last":
@@ -316,6 +317,19 @@ def settle(method: MethodConfig, steps: StepsConfig, augment: AugmentConfig, tri
     found.recipe(found.rates[0], 0)  # whatever cannot be is said before anything is read
     found.adapter(0)
     return found
+
+
+def _refuse_idle(
+    method: str, values: dict[str, Any], steps: StepsConfig, augment: AugmentConfig, trials: TrialsConfig
+) -> None:
+    """Refuse what was asked for and would change nothing."""
+    if method == "linear-online":
+        if steps.lr is not None and steps.head_lr is not None:
+            raise ConfigError("linear-online trains the head alone, at one rate: give --lr or --head-lr, not both")
+        if trials.layer_decay is not None:
+            raise ConfigError("--layer-decay is of blocks that train, and linear-online trains none; leave it out")
+    if augment.interpolation is not None and not values["degrees"]:
+        raise ConfigError("--interpolation is of turning, and no image is turned; give --degrees, or leave it out")
 
 
 def _defaults_of(method: str) -> dict[str, Any]:

@@ -16,7 +16,11 @@ from probes.report import FINETUNE, Table
 NUM_DEFAULT_C = 45  # strengths that `probes linear` tries unless told otherwise
 BY_SEED = ("mlp", "attentive", "mil", FINETUNE)  # draw first weights, orders, ...; a linear protocol does too
 NONE = "none"
-SETTLED = ("class_weight", "start", "keep", "patience", "compute_dtype", "refit")  # options that methods share
+# Options that methods share; rates, layer decay and an adapter's own settings belong to a method.
+SETTLED = (
+    *("batch", "drop_last", "optimizer", "weight_decay", "schedule", "warmup", "clip", "ema"),
+    *("class_weight", "start", "keep", "patience", "compute_dtype", "refit", "drop_path", "stretch_positions"),
+)
 
 
 def budget_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from featstore.extraction.stopping import Stop
 from probes.checks import Kind
 from probes.training import Targets, probabilities
 from probes.tuning_augment import Augmenter
+from probes.tuning_cost import settings_of, spent_on
 from probes.tuning_feed import Feed
 from probes.tuning_images import Split, cut_batches, epoch_order
-from probes.tuning_model import Average, Tuned, make_optimizer, optimizer_state, restore_optimizer
+from probes.tuning_model import Average, TrueZeros, Tuned, make_optimizer, optimizer_state, restore_optimizer
 from probes.tuning_ranks import Team
 from probes.tuning_recipe import TuningRecipe
 from probes.tuning_state import Checkpoints, Progress
@@ -98,6 +99,7 @@ class Run:
         done = kept is not None and kept.finished
         groups = self.model.groups(recipe.optimisation)
         self._wrapped: nn.Module = self.team.wrap(self.model, self.model.trainable, shard=self.shard)
+        self._zeros = TrueZeros(self.model)
         self._optimizer = make_optimizer(self.model, recipe.optimisation, groups)
         decay = recipe.optimisation.ema
         self._average = None if decay is None else Average(self.model, decay)
@@ -121,6 +123,11 @@ class Run:
         if not self.team.writes:  # sums of all processes are kept by one of them
             kept.total = 0.0
         log.info("going on from epoch %d, step %d", kept.epoch + 1, kept.step)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it is computed here, apart from what decides about the result."""
+        return settings_of(self.team, self.recipe.micro, self.model.trainable.checkpointing, self.shard)
 
     # One epoch
 
@@ -200,6 +207,7 @@ class Run:
                 # Averaged over processes afterwards, so that all rows of the batch weigh alike.
                 (loss * (self.team.world / max(step.size, 1e-12))).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
+        self._zeros.hold()
         how = recipe.optimisation
         done = progress.epoch * self._per_epoch + progress.step
         factor = how.factor(done, recipe.epochs * self._per_epoch, self._per_epoch)
@@ -334,8 +342,9 @@ class Run:
 
     def _save(self, best: dict[str, Shaped[Tensor, "..."]] | None) -> None:
         progress = self.progress
-        progress.seconds += time.monotonic() - self._started
-        self._started = time.monotonic()
+        now = time.monotonic()
+        progress.spend(self.settings, now - self._started, spent_on(self.team, now - self._started))
+        self._started = now
         last = None
         if not progress.finished:
             last = {f"{MODEL}{name}": value for name, value in self.model.snapshot().items()}

@@ -180,6 +180,37 @@ class Average:
                     value.copy_(held[name])
 
 
+class TrueZeros:
+    """Gradients that are 0 but for rounding, set to 0: those of biases of attention keys, which softmax ignores.
+
+    AdamW divides a gradient by its own size, so that of rounding it makes steps of the whole learning rate, up or down
+    by chance, other ones for every number of processes. Made once weights are cut over processes, as all of them call.
+    """
+
+    def __init__(self, model: Tuned) -> None:
+        trained = model.trained()
+        self._whole: list[nn.Parameter] = []
+        self._parts: list[tuple[nn.Parameter, Tensor]] = []
+        for name, part in model.adapted.ignored().items():
+            parameter = trained[f"{BACKBONE}{name}"]
+            mask = torch.zeros(parameter.shape)
+            mask[part] = 1
+            if bool(mask.all()):
+                self._whole.append(parameter)
+            else:
+                self._parts.append((parameter, like(parameter.detach(), mask) > 0))
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Set them; after gradients are summed over processes and pieces, before anything reads them."""
+        for parameter in self._whole:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        for parameter, mask in self._parts:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(mask, 0.0)
+
+
 def make_optimizer(model: Tuned, how: Optimisation, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """torch's own, over what `Tuned.groups` gave; the peak rate of a group stands under `peak`."""
     trained = model.trained()

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_commands import ALWAYS, ROOT, At, Commands, arguments, shared
+from finetune_commands import arguments
+from forked import ALWAYS, ROOT, At, Commands, shared
 from tuning_runs import pictures
 
 from probes.records import load_predictions

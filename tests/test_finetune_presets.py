@@ -138,6 +138,12 @@ def test_images_of_a_preset_give_way_to_flags() -> None:
             {"method": "full", "keep": "last", "patience": 3},
             "--keep last trains to the last epoch, and --patience ends",
         ),
+        ({"method": "linear-online", "lr": "1e-3", "head_lr": "1e-2"}, "at one rate: give --lr or --head-lr, not both"),
+        ({"method": "linear-online", "layer_decay": 0.5}, "--layer-decay is of blocks that train, and linear-online"),
+        (
+            {"method": "full", "degrees": 0.0, "interpolation": "nearest"},
+            "--interpolation is of turning, and no image is turned; give --degrees, or leave it out",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_at_once(options: dict[str, Any], message: str) -> None:

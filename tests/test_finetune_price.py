@@ -146,6 +146,8 @@ def test_equal_budgets_have_a_verdict() -> None:
         ),
         ([settled(seed, start="random") for seed in (0, 1)], "start: A none, B random"),
         ([settled(seed, keep="last") for seed in (0, 1)], "keep: A none, B last"),
+        ([settled(seed, batch=2) for seed in (0, 1)], "batch: A none, B 2"),
+        ([settled(seed, drop_path=0.2) for seed in (0, 1)], "drop_path: A none, B 0.2"),
     ],
 )
 def test_what_is_unequal_withholds_it(other: list[dict[str, Any]], said: str) -> None:
@@ -228,19 +230,23 @@ def test_seeds_are_summed_up_from_records() -> None:
 
 
 class Cuda:
-    """torch.cuda of a program that used `taken` bytes of a GPU."""
+    """torch.cuda of a program that used `taken` bytes of the second GPU, and makes the first one current later."""
 
     def __init__(self, taken: int) -> None:
-        self.taken, self.resets = taken, 0
+        self.taken, self.resets, self.current = taken, 0, 1
+
+    def current_device(self) -> int:
+        return self.current
 
     def is_initialized(self) -> bool:
         return True
 
-    def reset_peak_memory_stats(self) -> None:
-        self.resets += 1
+    def reset_peak_memory_stats(self, device: int) -> None:
+        assert device == 1
+        self.resets, self.current = self.resets + 1, 0
 
-    def max_memory_allocated(self) -> int:
-        return self.taken
+    def max_memory_allocated(self, device: int | None = None) -> int:
+        return self.taken if (self.current if device is None else device) == 1 else 7 * 10**9
 
 
 def test_a_head_on_a_gpu_has_gpu_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

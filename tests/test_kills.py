@@ -1,17 +1,15 @@
 """SIGKILL at any time: nothing committed is lost, at most the block in flight is computed again, bytes are equal."""
 
-import os
 import random
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from forked import Child, shared
 from pictures import register_pictures, tree_bytes
 
 from featstore.store.catalog import Store
@@ -32,23 +30,14 @@ COMMAND = [
 ]
 
 
-def start(store: Path) -> "subprocess.Popen[bytes]":
-    environment = {**os.environ, "FEATSTORE_HOME": str(store), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "featstore", *COMMAND],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        # A shell starts what runs in its background with interrupts ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+def start(store: Path) -> Child:
+    return shared().start(COMMAND, program="featstore", environment={"FEATSTORE_HOME": str(store)})
 
 
 def finish(store: Path) -> str:
-    process = start(store)
-    output = process.communicate(timeout=300)[0].decode()
-    assert process.returncode == 0, output
-    return output
+    ended = start(store).end()
+    assert ended.code == 0, ended.out + ended.err
+    return ended.out
 
 
 def markers(store: Path) -> dict[Path, tuple[int, int]]:
@@ -94,12 +83,12 @@ def kill_until_done(store: Path, kills: int, num_blocks: int, rng: random.Random
         ):
             time.sleep(0.002)
         time.sleep(rng.uniform(0, pace))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        code = process.end().code
         after = num_committed(store)
         # What a killed run leaves is taken away by the next: so these are the blocks it had begun and not committed.
         redone += len(list((store / "sets" / "pics").glob("tiny@42-*/attempts/*")))
-        killed = process.returncode == -signal.SIGKILL
+        killed = code == -signal.SIGKILL
         between += killed and 0 < after < num_blocks
         working += killed and before < after < num_blocks
         assert after >= before
@@ -140,9 +129,10 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     process = start(store)
     while num_committed(store) < 2 and process.poll() is None:
         time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0].decode()
-    assert process.returncode == 130, output
+    process.kill(signal.SIGINT)
+    ended = process.end(60)
+    output = ended.out + ended.err
+    assert ended.code == 130, output
     assert "what is committed stays, the same command goes on from there" in output
     assert "Traceback" not in output
     finish(store)

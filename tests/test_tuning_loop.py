@@ -83,6 +83,9 @@ def reference(task: Task, recipe: TuningRecipe) -> tuple[list[float], list[float
             value, count = loss("train", order[start : start + recipe.batch])
             optimizer.zero_grad()
             (value / count).backward()
+            for name, parameter in adapted.parameters.items():
+                if name.endswith(("k_proj.bias", "key.bias")):  # softmax ignores it, and what it has is rounding
+                    parameter.grad.zero_()  # type: ignore[union-attr]
             for group, peak in zip(optimizer.param_groups, (how.lr, how.lr, how.head_lr, how.head_lr)):
                 group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * done / steps))
             optimizer.step()

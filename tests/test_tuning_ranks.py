@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tuning import fresh, pixels
 from tuning_child import run
 from tuning_runs import adapted_of, pictures, task_of
 
 from featstore.errors import ConfigError
+from probes.adapters import adapt
+from probes.tuning_model import TrueZeros, Tuned, make_head
 from probes.tuning_ranks import Team, like, put, should_shard, whole
 
 TESTS = Path(__file__).parent
@@ -98,6 +101,38 @@ def test_torchrun(method: str, how: str, store: Path, tmp_path: Path) -> None:
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     check_equal(one, two, weights=how == "plain")
+
+
+def hold_fused() -> None:
+    """Of one process of two that have a network cut over them, whose query, key and value are one matrix."""
+    team = Team()
+    try:
+        adapted = adapt(fresh("sam"), "full", features="mean_patch")
+        model = Tuned(adapted, "mean_patch", make_head(adapted, "mean_patch", 2, 0))
+        shapes = {name: value.shape for name, value in model.trained().items()}
+        batch = pixels(model.trainable, count=2)
+        wrapped = team.wrap(model, model.trainable, shard=True)
+        zeros = TrueZeros(model)
+        wrapped(batch).square().sum().backward()
+        before = {name: whole(value.grad) for name, value in model.trained().items() if value.grad is not None}
+        zeros.hold()
+        after = {name: whole(value.grad) for name, value in model.trained().items() if value.grad is not None}
+        assert shapes == {name: value.shape for name, value in after.items()}
+        fused = [name for name in after if name.endswith("qkv.bias")]
+        assert len(fused) == 3
+        for name, value in after.items():
+            if name in fused:
+                assert not value[48:96].any()
+                assert value[:48].any()
+                assert value[96:].any()
+                before[name][48:96] = 0
+            assert torch.equal(value, before[name])
+    finally:
+        team.close()
+
+
+def test_a_part_of_a_bias_that_is_cut_over_processes_is_held_at_zero() -> None:
+    fork(2, hold_fused)
 
 
 def test_shares_cover_a_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:

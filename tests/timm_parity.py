@@ -2,7 +2,9 @@
 
     python tests/timm_parity.py [--conch DIR] [--full] [NAME ...]
 
-Prints one JSON line per comparison: the largest |difference| of `cls` and of patches in float32. Run it in a process of
+Prints one JSON line per comparison: the largest |difference| of `cls` and of patches in float32; and for networks of
+timm, in float64, what random numbers in the biases of keys that softmax should ignore change, and in their other
+pieces. Run it in a process of
 its own, with timm and torchvision installed or on PYTHONPATH. Beside a CPU torch the operators that torchvision's
 library would define are declared here, which is enough for timm. DIR is a checkout of github.com/mahmoodlab/CONCH;
 `--full` takes its published size instead of a small one.
@@ -28,6 +30,7 @@ if torch.version.cuda is None:
         _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from featstore.backbones import describe
+from featstore.backbones.anatomy import find_key_biases
 from featstore.backbones.architecture import VisionTransformer
 from featstore.backbones.network import load_network
 from featstore.backbones.pathology import BIOMEDCLIP, CONCH, UNI
@@ -190,6 +193,28 @@ def compare_timm(name: str, folder: Path) -> None:
         report(f"timm:{name}", "timm", size, pairs)
 
 
+def move_key_biases(name: str) -> None:
+    """Add random numbers to what `find_key_biases` found in a network of timm, then to the rest of the same biases."""
+    import timm
+
+    network = timm.create_model(name, num_classes=0).eval()
+    randomise(network)
+    found = find_key_biases(network.double(), find_family("timm"))
+    pixels = noise(*network.pretrained_cfg["input_size"][1:]).double()
+    moved = {}
+    for which in ("ignored", "others"):
+        with torch.inference_mode():
+            before = network(pixels)
+            for live, part in found.items():
+                bias = network.get_parameter(live)
+                change = torch.randn(bias.shape, dtype=bias.dtype, generator=torch.Generator().manual_seed(1))
+                inside = torch.zeros_like(bias, dtype=torch.bool)
+                inside[part] = True
+                bias += torch.where(inside if which == "ignored" else ~inside, change, 0.0)
+            moved[which] = float((network(pixels) - before).abs().max())
+    print(json.dumps({"network": f"timm:{name}", "key_biases": len(found), **moved}), flush=True)
+
+
 def main() -> None:
     """Run the comparisons that the command line asks for."""
     parser = argparse.ArgumentParser(description="Compare featstore's networks with timm's and CONCH's own.")
@@ -203,6 +228,7 @@ def main() -> None:
             compare_conch(arguments.conch, Path(folder), full=arguments.full)
         for name in arguments.names:
             compare_timm(name, Path(folder))
+            move_key_biases(name)
 
 
 if __name__ == "__main__":

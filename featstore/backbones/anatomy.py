@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from featstore.backbones.family import Family
 from featstore.errors import ConfigError
 
 # Modules that repeat, the more particular first: ConvNeXt (transformers, timm), Swin, EfficientNet, DenseNet, ResNet,
@@ -125,6 +126,23 @@ def matrices_of(block: nn.Module, role: str) -> list[nn.Module]:
     """The matrices of a block that play a role by themselves, none where there are none; no adapted ones."""
     inside: dict[str, nn.Module] = {n: module for n, module in block.named_modules() if isinstance(module, nn.Linear)}
     return [inside[name] for name in _of_role(inside, role)]
+
+
+def find_key_biases(network: nn.Module, family: Family | None) -> dict[str, slice]:
+    """Biases of keys that softmax ignores, or the part of a bias along axis 0, by name (see `family.KeyBias`).
+
+    Empty for an own network, of which this is not known.
+    """
+    found: dict[str, slice] = {}
+    for name, parameter in network.named_parameters():
+        attention, _, _ = name.removesuffix(".bias").rpartition(".")
+        for each in () if family is None else family.key_biases:
+            if not re.fullmatch(each.names, name):
+                continue
+            if each.where is None or each.where(network.get_submodule(attention)):
+                size = len(parameter) // each.parts
+                found[name] = slice(each.part * size, (each.part + 1) * size)
+    return found
 
 
 def usual_targets(network: nn.Module, blocks: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ OpenCLIP's is the exact GELU.
 from typing import Any, Literal
 
 from featstore.backbones.architecture import Architecture, VisionTransformer
-from featstore.backbones.family import ConfigFields, Dialect, Family, HubKey, Release
+from featstore.backbones.family import SEPARATE_KEYS, ConfigFields, Dialect, Family, HubKey, Release
 from featstore.backbones.vit import BEFORE_NORM, counted, num_parameters
 from featstore.errors import WeightsError
 
@@ -119,6 +119,7 @@ FAMILY = Family(
     call=_call,
     finish=_norm_cls,
     dialects=(HUB,),
+    key_biases=(SEPARATE_KEYS,),
 )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from featstore.backbones.architecture import Architecture, VisionTransformer
-from featstore.backbones.family import ConfigFields, Dialect, Family, HubKey, Release
+from featstore.backbones.family import SEPARATE_KEYS, ConfigFields, Dialect, Family, HubKey, Release
 from featstore.errors import WeightsError
 
 # The defaults of transformers' own configuration classes, for fields that a config.json leaves out.
@@ -191,6 +191,7 @@ FAMILY = Family(
     read=lambda config: _read(config, "dinov2", DEFAULTS),
     write=_write,
     dialects=(HUB, META, TIMM),
+    key_biases=(SEPARATE_KEYS,),
     interpolations=("hf", "meta"),
     resize_positions=resize_positions,
 )
@@ -203,6 +204,7 @@ REGISTER_FAMILY = Family(
     read=lambda config: _read(config, "dinov2_with_registers", REGISTER_DEFAULTS),
     write=_write,
     dialects=(REGISTER_HUB, META, TIMM_REGISTERS),
+    key_biases=(SEPARATE_KEYS,),
 )
 
 

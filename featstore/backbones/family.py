@@ -20,6 +20,25 @@ class HubKey(NamedTuple):
     parts: int = 1
 
 
+class KeyBias(NamedTuple):
+    """Biases of attention keys that softmax ignores: piece `part` of `parts` along axis 0, of live names `names`.
+
+    Scores q . (k + b) = q . k + q . b: the bias adds the same number to all scores of a query, and softmax does not
+    change. So it is only where nothing comes after the bias that depends on the key's position (rotary embeddings) or
+    on the key itself (a norm of keys). `names` is a regular expression for whole names; `where` is asked of the module
+    that holds the projection, in families whose networks differ in that.
+    """
+
+    names: str
+    part: int = 0
+    parts: int = 1
+    where: Callable[[Any], bool] | None = None
+
+
+# Whose blocks have a matrix for the keys alone: transformers' present name of it, and that of older versions.
+SEPARATE_KEYS = KeyBias(r".*\.(k_proj|key)\.bias")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dialect:
     """Key names of one kind of checkpoint.
@@ -76,9 +95,10 @@ class Family:
 
     `dialects` are the kinds of checkpoints, the hub's own first. `attention` are the kernels that can be chosen; empty
     where the network has no attention or does not route it. `float32` are regular expressions of live names that stay
-    in float32 whatever the compute dtype is. `gain` scales the deviation of random matrices, so that signals keep their
-    size through activations that halve them. `interpolations` are the ways of resizing positions that
-    differ for this family; `resize_positions(network, way)` sets another one than the first.
+    in float32 whatever the compute dtype is. `key_biases` are those that no token depends on. `gain` scales the
+    deviation of random matrices, so that signals keep their size through activations that halve them. `interpolations`
+    are the ways of resizing positions that differ for this family; `resize_positions(network, way)` sets another one
+    than the first.
     """
 
     model_type: str
@@ -97,6 +117,7 @@ class Family:
     dialects: tuple[Dialect, ...]
     attention: tuple[str, ...] = ("sdpa", "eager", "xformers", "flash")
     float32: tuple[str, ...] = ()
+    key_biases: tuple[KeyBias, ...] = ()
     gain: float = 1.0
     interpolations: tuple[str, ...] = ("hf",)
     resize_positions: Callable[[Any, str], None] | None = None

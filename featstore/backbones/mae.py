@@ -6,7 +6,7 @@ class, as Baharoon et al. load it: nothing is drawn, and patches stay in their p
 """
 
 from featstore.backbones.architecture import IMAGENET_MEAN, IMAGENET_STD
-from featstore.backbones.family import Dialect, Family, Release
+from featstore.backbones.family import SEPARATE_KEYS, Dialect, Family, Release
 from featstore.backbones.vit import BEFORE_NORM, DEFAULTS, IMAGENET, call, hub_key, read_config, sized, write_config
 
 FAMILY = Family(
@@ -20,6 +20,7 @@ FAMILY = Family(
     write=write_config,
     call=call,
     dialects=(Dialect(name="hub", key=hub_key, prefixes=("vit.", ""), outside=(r"decoder\.",)),),
+    key_biases=(SEPARATE_KEYS,),
 )
 
 

@@ -6,7 +6,7 @@ Source: Assran et al. 2022 (MSN).
 from typing import Any
 
 from featstore.backbones.architecture import IMAGENET_MEAN, IMAGENET_STD
-from featstore.backbones.family import Dialect, Family, HubKey, Release
+from featstore.backbones.family import SEPARATE_KEYS, Dialect, Family, HubKey, Release
 from featstore.backbones.vit import BEFORE_NORM, HUB, IMAGENET, call, hub_key, read_config, sized, write_config
 from featstore.backbones.vit import DEFAULTS as VIT_DEFAULTS
 
@@ -31,6 +31,7 @@ FAMILY = Family(
     write=write_config,
     call=call,
     dialects=(HUB, CLASSIFIER),
+    key_biases=(SEPARATE_KEYS,),
 )
 
 LARGE = Release(

@@ -11,7 +11,7 @@ from typing import Any
 
 from featstore.backbones.architecture import Architecture, VisionTransformer
 from featstore.backbones.dinov2 import hub_key
-from featstore.backbones.family import Dialect, Family, HubKey, Release
+from featstore.backbones.family import SEPARATE_KEYS, Dialect, Family, HubKey, KeyBias, Release
 
 # As OpenAI's CLIP; CONCH's own code and the preprocessing that BiomedCLIP's files state have the same.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -102,6 +102,7 @@ UNI_FAMILY = Family(
     blocks="encoder.layer",
     norm="layernorm",
     dialects=(Dialect(name="timm", key=trunk_key, optional=NO_REGISTERS, ignored=(r"head\.",)),),
+    key_biases=(SEPARATE_KEYS,),
 )
 BIOMEDCLIP_FAMILY = Family(
     model_type="biomedclip",
@@ -114,6 +115,7 @@ BIOMEDCLIP_FAMILY = Family(
     dialects=(
         Dialect(name="open_clip", key=biomedclip_key, optional=NO_REGISTERS, ignored=(r"text\.", r"logit_scale$")),
     ),
+    key_biases=(SEPARATE_KEYS,),
 )
 CONCH_FAMILY = Family(
     model_type="conch",
@@ -139,6 +141,7 @@ CONCH_FAMILY = Family(
             ),
         ),
     ),
+    key_biases=(SEPARATE_KEYS, KeyBias(r"head\.pool\.key_projection\.bias")),
 )
 
 BIOMEDCLIP = Release(

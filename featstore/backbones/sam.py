@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from featstore.backbones.architecture import Architecture, VisionTransformer
-from featstore.backbones.family import ConfigFields, Dialect, Family, HubKey, Release
+from featstore.backbones.family import ConfigFields, Dialect, Family, HubKey, KeyBias, Release
 from featstore.errors import WeightsError
 
 # The defaults of transformers' own configuration class, for fields that a config.json leaves out.
@@ -184,6 +184,7 @@ FAMILY = Family(
     split=_split,
     dialects=(HUB,),
     attention=("sdpa", "eager"),
+    key_biases=(KeyBias(r".*\.qkv\.bias", 1, 3),),  # relative positions meet the query alone
 )
 
 LARGE = Release(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.backbones.architecture import IMAGENET_MEAN, IMAGENET_STD, Architecture
-from featstore.backbones.family import Dialect, Family, HubKey
+from featstore.backbones.family import Dialect, Family, HubKey, KeyBias
 from featstore.backbones.hub import fetch
 from featstore.backbones.source import BackboneSource, from_files, from_seed, with_norm
 from featstore.backbones.weights import find_files
@@ -27,6 +27,14 @@ NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)  # a model of timm, and a tag; timm 
 IGNORED = (
     r"(head|head_dist|fc|classifier|last_linear)\.",
     r".*(num_batches_tracked|relative_position_index|attn_mask)$",
+)
+
+# Attention that does nothing to keys between their bias and the scores, but for a norm where there is one; of others
+# (rotary positions, cosines, another order of heads) nothing is said.
+PLAIN_ATTENTION = (
+    "timm.layers.attention.Attention",
+    "timm.models.swin_transformer.WindowAttention",
+    "timm.layers.attention_pool.AttentionPoolLatent",
 )
 
 
@@ -276,6 +284,16 @@ def split(tokens: tuple[Any, Any, Any], architecture: Architecture) -> tuple[Any
     return tokens
 
 
+def _leaves_keys(attention: Any) -> bool:
+    """The `KeyBias.where` of timm's networks."""
+    from torch import nn
+
+    kind = type(attention)
+    if f"{kind.__module__}.{kind.__qualname__}" not in PLAIN_ATTENTION:
+        return False
+    return isinstance(getattr(attention, "k_norm", None) or nn.Identity(), nn.Identity)
+
+
 def build_network(architecture: Architecture) -> Any:
     """The network of an architecture that `measure` gave."""
     return make_network(architecture.variant)
@@ -288,5 +306,9 @@ FAMILY = Family(
     split=split,
     dialects=(Dialect(name="timm", key=HubKey, ignored=IGNORED),),
     attention=(),
+    key_biases=(
+        KeyBias(r"(.*\.)?qkv\.bias", 1, 3, _leaves_keys),
+        KeyBias(r"(.*\.)?kv\.bias", 0, 2, _leaves_keys),
+    ),
     gain=math.sqrt(2),  # most are made of convolutions with ReLU, which halves the second moment
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from featstore.backbones.anatomy import depths_of, find_blocks
+from featstore.backbones.anatomy import depths_of, find_blocks, find_key_biases
 from featstore.backbones.architecture import Architecture
 from featstore.backbones.compiling import compilation_of
 from featstore.backbones.family import Family
@@ -60,6 +60,7 @@ class Trainable(nn.Module):
         batch_norm: `frozen`, so that running statistics are used and kept; or `train`, so that those of the batch are
             used and the running ones follow (only of norms whose weight trains).
         augments_positions: DINOv3's positions are stretched at random while it trains.
+        key_biases: biases, or parts of them along axis 0, that no token depends on, by the names before any wrapping.
     """
 
     def __init__(self, network: nn.Module, architecture: Architecture, family: Family | None) -> None:
@@ -71,6 +72,7 @@ class Trainable(nn.Module):
         self.batch_norm: Literal["frozen", "train"] = "frozen"
         self.block_names = find_blocks(network, family.blocks if family is not None else "")
         self.augments_positions = False
+        self.key_biases = find_key_biases(network, family)
         self.eval()
 
     @property

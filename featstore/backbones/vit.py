@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from featstore.backbones.architecture import Architecture, VisionTransformer
-from featstore.backbones.family import ConfigFields, Dialect, Family, HubKey, Release
+from featstore.backbones.family import SEPARATE_KEYS, ConfigFields, Dialect, Family, HubKey, Release
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = "ImageNet-1k"
@@ -161,6 +161,7 @@ FAMILY = Family(
     write=write_config,
     call=call,
     dialects=(HUB, TIMM),
+    key_biases=(SEPARATE_KEYS,),
 )
 
 
