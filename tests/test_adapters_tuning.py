@@ -76,7 +76,7 @@ def train_steps(adapted: Adapted, *, autocast: bool, steps: int = 4) -> list[flo
     return losses
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("label", LEARNERS)
 def test_steps_lower_the_loss_and_move_nothing_else(label: str, method: str, autocast: bool) -> None:

@@ -33,6 +33,7 @@ def test_steps_at_tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     json.dumps(found)
 
 
+@pytest.mark.slow
 def test_epochs_with_and_without_cached_activations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,6 +52,7 @@ def test_epochs_with_and_without_cached_activations(
         )
 
 
+@pytest.mark.slow
 def test_the_bound_of_cached_activations_is_that_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward passes cost twice the forward pass, and a last block that gives CLS alone little more than k and v."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

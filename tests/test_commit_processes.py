@@ -118,7 +118,7 @@ def freeze_once(root: Path, delay: float) -> bool:
     return set(found.values()) == {1, 2}
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_frozen_processes_wake_up_to_an_unchanged_store(tmp_path: Path, count: int) -> None:
     _, seconds = undisturbed(tmp_path)
     rng = random.Random(count)

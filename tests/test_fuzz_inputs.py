@@ -206,10 +206,10 @@ def run(first: int, count: int) -> Counter[str]:
 
 
 def test_damaged_files_of_every_kind_give_pixels_or_an_error() -> None:
-    found = run(0, 200)
-    assert sum(found.values()) == 200
-    assert found["pixels"] >= 20  # neither side is trivial
-    assert found["error"] >= 50
+    found = run(0, 100)
+    assert sum(found.values()) == 100
+    assert found["pixels"] >= 10  # neither side is trivial
+    assert found["error"] >= 25
 
 
 @pytest.mark.slow

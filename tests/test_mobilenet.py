@@ -66,7 +66,9 @@ def cosines(a: Float32[np.ndarray, "N D"], b: Float32[np.ndarray, "N D"]) -> Flo
     return products
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    "name", [name if name.startswith("cxr") else pytest.param(name, marks=pytest.mark.slow) for name in SETS]
+)
 def test_features_are_the_published_ones(name: str, backbone: Backbone, shared_data: Path) -> None:
     paths, features = published(shared_data, name)
     rows = np.linspace(0, len(paths) - 1, PER_SET).astype(int)

@@ -418,7 +418,12 @@ def test_flags_that_torch_refuses_to_tell(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.realdata
 @pytest.mark.parametrize(
     ("compute_dtype", "weight_dtype"),
-    [("bfloat16", "same"), ("float16", "same"), ("bfloat16", "int8"), ("bfloat16", "fp8")],
+    [
+        ("bfloat16", "same"),
+        pytest.param("float16", "same", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "int8", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "fp8", marks=pytest.mark.slow),
+    ],
 )
 def test_real_images(shared_data: Path, store_path: Path, compute_dtype: str, weight_dtype: str) -> None:
     """Measured on 64 of them: worst patch 0.99987, 0.999997, 0.99985 and 0.9997; nearest images 0.99 and more."""

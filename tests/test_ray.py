@@ -230,6 +230,7 @@ def test_a_store_in_a_bucket(tmp_path: Path, store_path: Path) -> None:
         }
 
 
+@pytest.mark.slow  # a cluster that starts while other tests run may take longer than Ray waits
 def test_signals_of_the_command_stay_its_own(cluster: Any) -> None:
     """Ray would take SIGTERM: the run's own handler is back when the cluster has been started."""
     assert threading.current_thread() is threading.main_thread()

@@ -42,6 +42,7 @@ def run_bench(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.slow  # four processes
 def test_memory_grows_by_less_than_a_gibibyte_a_million_rows(tmp_path: Path) -> None:
     rows = 50_000
     for name in ("register", "write", "verify_deep", "filter"):

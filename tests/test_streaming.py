@@ -65,8 +65,22 @@ def check_equal(found: Tokens, expected: Tokens) -> None:
 # Equality
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["safetensors", "pth", "random"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("safetensors", "float32"),
+        ("pth", "bfloat16"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                ("safetensors", "bfloat16"),
+                ("pth", "float32"),
+                ("random", "float32"),
+                ("random", "bfloat16"),
+            )
+        ),
+    ],
+)
 @pytest.mark.parametrize("label", SMALL)
 def test_equals_resident(label: str, kind: str, dtype: str, folders: dict[str, Path]) -> None:
     folder = folders[f"{label}.pth" if kind == "pth" else label]

@@ -121,7 +121,15 @@ def test_asked_between_epochs(task: Task, tmp_path: Path, undisturbed: Any, monk
 
 @pytest.mark.parametrize(
     ("where", "at"),
-    [("step", 2), ("step", 5), ("tensors", 1), ("tensors", 2), ("rename", 3), ("commit", 1), ("prune", 2)],
+    [
+        ("step", 5),
+        ("tensors", 2),
+        ("commit", 1),
+        *(
+            pytest.param(*place, marks=pytest.mark.slow)
+            for place in (("step", 2), ("tensors", 1), ("rename", 3), ("prune", 2))
+        ),
+    ],
 )
 def test_killed_anywhere_it_ends_with_the_same_bits(
     where: str, at: int, task: Task, tmp_path: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch

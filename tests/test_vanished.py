@@ -89,7 +89,13 @@ def test_new_arrays_do_not_take_the_old_ones_from_them(
     assert LEFT in {why for group in now.ledger.groups for why in now._failures_of(group).values()}
 
 
-@pytest.mark.parametrize("step", ["delivery", "marker of the attempt", "publication", "marker"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "publication",
+        *(pytest.param(step, marks=pytest.mark.slow) for step in ("delivery", "marker of the attempt", "marker")),
+    ],
+)
 def test_a_retry_that_is_killed_in_a_commit_keeps_their_rows(
     store_path: Path,
     shrunk: tuple[FeatureSet, np.ndarray, dict[int, str]],
