@@ -82,6 +82,9 @@ def register(
     )
     if facts["label_columns"]:
         print(f"  labels: {show.some(facts['label_columns'], 30)}")
+    if facts["renamed"]:
+        said = ", ".join(f"{own} is {there}" for own, there in facts["renamed"].items())
+        print(f"  columns of yours named like the manifest's own: {said}")
     if facts["tasks"]:
         print(f"  tasks: {', '.join(facts['tasks'])}")
     for note in [*manifest.meta["notes"], *([f"{facts['missing']} files are missing"] if facts["missing"] else [])]:
@@ -98,12 +101,15 @@ def describe_manifest(manifest: "Manifest") -> dict[str, Any]:
     import pyarrow.compute as pc
 
     splits = manifest.table.column("split").value_counts().to_pylist()
+    names = set(manifest.table.column_names)
+    renamed = {name.removeprefix("source_"): name for name in manifest.table.column_names if name.startswith("source_")}
     return {
         "dataset": manifest.name,
         "manifest": manifest.digest,
         "samples": len(manifest),
         "groups": pc.count_distinct(manifest.table.column("group"), mode="only_valid").as_py(),
         "splits": {item["values"]: item["counts"] for item in sorted(splits, key=lambda item: item["values"] or "")},
+        "renamed": {own: there for own, there in renamed.items() if own in names},
         **manifest.meta,
     }
 

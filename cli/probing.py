@@ -121,6 +121,11 @@ def _extract_first(home: Any, config: EvalConfig) -> None:
     if not config.model:
         raise ConfigError("--extract needs --model MODEL or MODEL@RES, to know what to extract")
     model, _, resolution = config.model.partition("@")
+    for entry in home.find(config.dataset, config.model):
+        if entry.spec["weights"]["kind"] == "imported":
+            raise ConfigError(
+                f"{entry.full_name} holds imported features, which no extraction makes; leave --extract out"
+            )
     made = [config_of(entry.spec) for entry in home.find(config.dataset, config.model) if entry.spec["resolution"]]
     run = RunConfig()
     plans = [

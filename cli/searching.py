@@ -19,7 +19,7 @@ def search(
     image: Annotated[str, typer.Argument(help="an image file, or the id of a sample of the data set")],
     *,
     k: Annotated[int, typer.Option("--k", help="neighbours to show")] = 10,
-    where: Annotated[str, typer.Option("--where", help="search rows by column: split=train,view=AP|PA")] = "",
+    where: Annotated[str, typer.Option("--where", help="search rows by column: 'split=train,view=AP|PA', quoted")] = "",
     features: Annotated[str, typer.Option("--features", help="cls, mean_patch, or both joined by +")] = "cls",
     index: Annotated[
         Literal["exact", "ivf", "hnsw"],

@@ -13,12 +13,11 @@ from featstore.errors import ConfigError, ManifestError, StoreError, UnknownName
 from featstore.objects import Place, as_object
 from featstore.store import commits, ledger
 from featstore.store.catalog import Store
+from featstore.store.hashes import NO_CONTENT, read_surveys
 from featstore.store.layout import check_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-NO_CONTENT = "0" * commits.HASH_HEX  # of a row that was computed from no file
 
 
 def register(
@@ -69,10 +68,10 @@ def register(
 
 
 def history(store: Store, name: str, ids: "pa.Array") -> History:
-    """What manifests and sets of a data set say of the earlier bytes of these samples.
+    """What manifests, sets and trainings of a data set say of the earlier bytes of these samples.
 
     A sample that is mapped to a row which nobody has computed yet is in doubt, unless something else tells what it was:
-    a run that is still going may be about to commit it.
+    a run that is still going may be about to commit it. So is one that a training was about to read.
     """
     folders = [path.parent for path in sorted((store.path / "sets" / name).glob("*/spec.json"))]
     mappings = [path for folder in folders for path in sorted((folder / "rows").glob("*.parquet"))]
@@ -83,6 +82,7 @@ def history(store: Store, name: str, ids: "pa.Array") -> History:
             open_rows |= _add_rows(folder, ids, found)
         except StoreError:  # damaged: nobody knows what its rows were computed from
             found.stated.update(ids.to_pylist())
+    open_rows |= _add_surveys(store, name, ids, found)
     found.stated.update(open_rows - found.hashes.keys())
     return found
 
@@ -109,3 +109,27 @@ def _add_rows(folder: Place, ids: "pa.Array", found: History) -> set[str]:
                     for sample in mapped[row]:
                         found.hashes.setdefault(sample, set()).add(content)
     return {sample for row in mapped.keys() - known for sample in mapped[row]}
+
+
+def _add_surveys(store: Store, name: str, ids: "pa.Array", found: History) -> set[str]:
+    """Add the hashes of images that networks were trained on; returns the samples whose bytes are not known."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    held = read_surveys(store, name)
+    if not held.is_whole:
+        found.stated.update(ids.to_pylist())
+    columns = {
+        "id": pa.chunked_array([piece.ids for piece in held.pieces], ids.type),
+        "content": pa.chunked_array([piece.contents for piece in held.pieces], pa.string()),
+    }
+    table = pa.table(columns)
+    # Images are looked at anew for every preprocessing: most are there often.
+    table = table.filter(pc.is_in(table.column("id"), value_set=ids)).group_by(["id", "content"]).aggregate([])
+    open_rows = set()
+    for sample, content in zip(table.column("id").to_pylist(), table.column("content").to_pylist()):
+        if content is None:
+            open_rows.add(sample)
+        else:
+            found.hashes.setdefault(sample, set()).add(content)
+    return open_rows

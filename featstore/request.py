@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.configs import TOKENS, SetConfig, parse_reduce
+from featstore.errors import ConfigError
 
 
 def as_request(config: SetConfig, *, compute_dtype: str) -> dict[str, Any]:
@@ -24,9 +25,18 @@ def as_request(config: SetConfig, *, compute_dtype: str) -> dict[str, Any]:
 
 
 def request_of(spec: dict[str, Any]) -> dict[str, Any]:
-    """The request that a spec keeps; for sets made before requests were kept, what their identity tells of it."""
+    """The request that a spec keeps; for sets made before requests were kept, what their identity tells of it.
+
+    Raises:
+        ConfigError: imported features, which no request makes.
+    """
     if "request" in spec:
         return dict(spec["request"])
+    if spec["weights"]["kind"] == "imported":
+        raise ConfigError(
+            f"{spec['dataset']}/{spec['model']} holds imported features, which no extraction can make again or extend; "
+            "name a set that was extracted"
+        )
     identity, weights = spec["identity"], spec["weights"]
     model = weights.get("model", spec["model"])
     values: dict[str, Any] = {

@@ -62,6 +62,35 @@ class NeighbourEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
         self.k_ = k
         return self
 
+    def keep_within(self: Estimator, groups: np.ndarray) -> int:
+        """Score from now on the counts alone that `leave_one_out` answers; returns the largest count that it can.
+
+        "all" becomes that count, as do the default counts where each of them is larger; the others are dropped.
+
+        Raises:
+            ConfigError: a k asked for by name is larger. TaskError: groups of other rows.
+        """
+        kept = self._counts_within(groups)
+        limit = self._limit_within(groups)
+        self.dropped_k_ = tuple(k for k in self._asked()[0] if k > limit)
+        self.ks_, self.k_ = kept, kept[-1]
+        return limit
+
+    def _asked(self) -> tuple[list[int], bool]:
+        """(counts asked for or by default, ascending; whether the whole bank is asked for by name).
+
+        Raises:
+            ConfigError: neither counts nor "all".
+        """
+        asked = DEFAULT_K if self.k is None else (self.k,) if isinstance(self.k, int | np.integer | str) else self.k
+        named = [item for item in asked if isinstance(item, str)]
+        if set(named) - {"all"}:
+            raise ConfigError(f"k must be counts or 'all', got {self.k!r}")
+        counts = sorted(int(item) for item in asked if not isinstance(item, str))
+        if not (counts or named) or min(counts, default=1) < 1 or len(set(asked)) < len(list(asked)):
+            raise ConfigError(f"k must be different counts of at least 1, got {self.k}")
+        return counts, bool(named)
+
     def _build(self, X: Float[np.ndarray, "N D"], used: Bool[np.ndarray, " N"], reserve: int = 0) -> None:
         """Take the used rows as the bank; k is at most their number less `reserve`.
 
@@ -96,14 +125,8 @@ class NeighbourEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
 
     def _set_counts(self, num_rows: int, reserve: int = 0) -> None:
         """Counts that the bank can answer; the whole bank where every default is larger. `reserve`: rows left out."""
-        asked = DEFAULT_K if self.k is None else (self.k,) if isinstance(self.k, int | np.integer | str) else self.k
-        named = [item for item in asked if isinstance(item, str)]
-        whole, limit = bool(named), num_rows - reserve
-        if set(named) - {"all"}:
-            raise ConfigError(f"k must be counts or 'all', got {self.k!r}")
-        counts = sorted(int(item) for item in asked if not isinstance(item, str))
-        if not (counts or whole) or min(counts, default=1) < 1 or len(set(asked)) < len(list(asked)):
-            raise ConfigError(f"k must be different counts of at least 1, got {self.k}")
+        counts, whole = self._asked()
+        limit = num_rows - reserve
         above = tuple(count for count in counts if count > limit)
         if above and self.k is not None:
             raise ConfigError(
@@ -151,26 +174,35 @@ class NeighbourEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn h
             similarity, rows = (np.take_along_axis(values, order, 1) for values in (similarity, rows))
             yield Tile(slice(start, start + tile), rows, self._weights(part, similarity, rows))
 
-    def _counts_within(self, groups: np.ndarray | None) -> tuple[int, ...]:
-        """Counts that every row of the bank can answer without the largest group.
+    def _limit_within(self, groups: np.ndarray | None) -> int:
+        """Rows that every row of the bank has outside its own group.
 
         Raises:
-            ConfigError: a k asked for by name is above that, or nothing is left. TaskError: groups of other rows.
+            TaskError: groups of other rows.
         """
         self._check_fitted()
         num_rows = len(self.bank_rows_)
         if groups is not None and len(groups) != num_rows:
             raise TaskError(f"leave-one-out needs the group of each of the bank's {num_rows} rows, got {len(groups)}")
-        largest = 1 if groups is None else int(np.unique(groups, return_counts=True)[1].max())
-        limit = num_rows - largest
-        kept = tuple(k for k in self.ks_ if k <= limit)
-        asked = self.k is not None and self.k != "all"
-        if limit < 1 or (asked and len(kept) < len(self.ks_)):
+        return num_rows - (1 if groups is None else int(np.unique(groups, return_counts=True)[1].max()))
+
+    def _counts_within(self, groups: np.ndarray | None) -> tuple[int, ...]:
+        """Counts that every row of the bank can answer without the largest group; "all" is the largest of them.
+
+        Raises:
+            ConfigError: a k asked for by name is above that, or nothing is left. TaskError: groups of other rows.
+        """
+        limit, num_rows = self._limit_within(groups), len(self.bank_rows_)
+        counts, whole = self._asked()
+        above = [] if self.k is None else [count for count in counts if count > limit]
+        if limit < 1 or above:
             raise ConfigError(
-                f"leave-one-out with k={self.ks_[-1]} needs as many rows outside each row's own group; the bank has "
-                f"{num_rows} rows, {largest} of them in one group; lower k"
+                f"leave-one-out with k={above[-1] if above else self.ks_[-1]} needs as many rows outside each row's "
+                f"own group; the bank has {num_rows} rows, {num_rows - limit} of them in one group; "
+                f"{'lower k' if limit else 'add samples of other groups'}"
             )
-        return kept or (limit,)
+        kept = {count for count in counts if count <= limit} | ({limit} if whole else set())
+        return tuple(sorted(kept)) or (limit,)
 
     def _weights(
         self, queries: Float[np.ndarray, "B D"], similarity: Float[np.ndarray, "B k"], rows: Int[np.ndarray, "B k"]

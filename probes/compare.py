@@ -23,6 +23,8 @@ from probes.regression import NUMBER_METRICS, NumberKind
 from probes.score_tables import ScoreTable, open_scores, record_of
 from probes.thresholds import Scored, Thresholds, fit_thresholds
 
+ROUNDING = 1e-6  # that a probability in float32 may lie beyond 0 or 1 by
+
 
 def compare(
     a: str,
@@ -46,7 +48,7 @@ def compare(
     Raises:
         UnknownNameError: no such record, file or subgroup. TaskError: no shared sample or label, or another truth;
             runs that differ in more than their seed; curves of other draws.
-        ConfigError: a metric or threshold that what is compared does not have.
+        ConfigError: a metric or threshold that what is compared does not have, or scores that 0.5 cannot decide.
     """
     names = names_of(a), names_of(b)
     records = [[record_of(name, folder) for name in side] for side in names]
@@ -62,6 +64,8 @@ def compare(
             f"--threshold youden changes nothing of {criteria.metric}, which takes no decisions; leave it out"
         )
     limits: list[list[Any]] = [_thresholds(side, folder, pair) if youden else [0.5] * len(side) for side in names]
+    if not youden:
+        _check_decided(pair, sides, str(criteria.metric))
     tables = sides[0][0], sides[1][0]
     result = compare_pair(pair, criteria, (limits[0], limits[1]))
     return {
@@ -203,6 +207,21 @@ def _groups(a: ScoreTable, b: ScoreTable) -> tuple[np.ndarray, list[str]]:
                 f"{len(np.unique(b.groups))} in B; evaluate both on one manifest"
             )
     return groups, []
+
+
+def _check_decided(pair: Pair, sides: Sequence[Sequence[ScoreTable]], metric: str) -> None:
+    """Labels are decided at 0.5, which is a threshold of scores from 0 to 1 alone; logits would be cut anywhere."""
+    if pair.kind != "multilabel" or metric in ("auroc", "auprc"):
+        return
+    names = [f"{side} ({table.name})" for side, tables in zip("AB", sides) for table in tables]
+    for name, scores in zip(names, pair.models):
+        low, high = float(scores[pair.mask].min(initial=0)), float(scores[pair.mask].max(initial=1))
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            raise ConfigError(
+                f"{metric} decides at a score of 0.5, which needs scores from 0 to 1; those of {name} reach from "
+                f"{low:.4g} to {high:.4g}: give --threshold youden, which is found on validation rows, or write their "
+                "sigmoid into the file where they are logits"
+            )
 
 
 def _named(pair: Pair, thresholds: Sequence[Any]) -> Any:

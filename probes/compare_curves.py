@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from featstore.errors import ConfigError, TaskError
-from probes.curves import CLASS_METRICS, LABEL_METRICS
+from probes.curves import CLASS_METRICS, LABEL_METRICS, common_labels
 from probes.paired import Criteria
 from probes.protocol import differing
 from probes.records import load_predictions
@@ -50,7 +50,8 @@ def compare_curves(
         names = [", ".join(point["name"] for point in record["curve"]) for record in (a, b)]
         raise TaskError(f"no budget is in both curves: A has {names[0]}; B has {names[1]}")
     labels = [item["label"] for item in a["curve"][0]["per_label"]]
-    macro = [_macro(table, a["task"]["kind"], budgets, labels, other) for table, other in (tables, tables[::-1])]
+    kept = _common(tables, budgets, labels) if a["task"]["kind"] == "multilabel" else None
+    macro = [_macro(table, budgets, kept) for table in tables]
     points = [
         {
             "name": budget,
@@ -64,12 +65,16 @@ def compare_curves(
         for number, budget in enumerate(budgets)
     ]
     left = sorted({point["name"] for record in (a, b) for point in record["curve"]} - set(budgets))
+    notes = [NOTE, *([f"budgets that only one curve has, left out: {', '.join(left)}"] if left else [])]
+    if kept is not None and len(kept) < len(labels):
+        which = f"macro over {', '.join(kept)}: the labels" if kept else "no macro: no label is among those"
+        notes.append(f"{which} that have, in both curves, every shared budget that any label has in both")
     return {
         "a": _source(a),
         "b": _source(b),
         **differing(a, b),
         "shared": {"budgets": budgets, "labels": labels, "repeats": len(macro[0][0])},
-        "notes": [NOTE, *([f"budgets that only one curve has, left out: {', '.join(left)}"] if left else [])],
+        "notes": notes,
         "metric": metric,
         "level": criteria.level,
         "curve": points,
@@ -112,21 +117,25 @@ def _values(record: Record, metric: str) -> dict[tuple[str, str], Float[np.ndarr
     return {key: np.array([values[repeat] for repeat in sorted(values)]) for key, values in found.items()}
 
 
+def _common(
+    tables: Sequence[dict[tuple[str, str], np.ndarray]], budgets: Sequence[str], labels: Sequence[str]
+) -> list[str]:
+    """Labels that have, in both curves, every budget that any label has in both."""
+    have = np.array(
+        [
+            [not any(np.isnan(values[budget, label]).any() for values in tables) for label in labels]
+            for budget in budgets
+        ]
+    )
+    return [label for label, keep in zip(labels, common_labels(have)) if keep]
+
+
 def _macro(
-    table: dict[tuple[str, str], np.ndarray],
-    kind: str,
-    budgets: list[str],
-    labels: list[str],
-    other: dict[tuple[str, str], np.ndarray],
+    table: dict[tuple[str, str], np.ndarray], budgets: Sequence[str], kept: Sequence[str] | None
 ) -> list[Float[np.ndarray, " R"]]:
-    """Macro of every budget; of labels over those that have all shared budgets in both curves."""
-    if kind == "multiclass":
+    """Macro of every budget: of classes their own, else the mean over the labels that are kept."""
+    if kept is None:
         return [table[budget, ""] for budget in budgets]
-    kept = [
-        label
-        for label in labels
-        if not any(np.isnan(values[budget, label]).any() for budget in budgets for values in (table, other))
-    ]
     if not kept:
         return [np.full(len(table[budget, ""]), np.nan) for budget in budgets]
     return [np.mean([table[budget, label] for label in kept], axis=0) for budget in budgets]

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from featstore.errors import ConfigError
 
+NOISE_SEED = 42  # of the published flips
+
 
 def parse_numbers(text: str, option: str) -> tuple[float, ...]:
     """Comma-separated positive numbers.
@@ -34,7 +36,7 @@ class SubjectConfig:
     model: Annotated[str | None, "set or sets to evaluate: MODEL, MODEL@RES; default: every set of the data set"] = None
     task: Annotated[str | None, "named task, such as chexpert-5; default: the data set's own"] = None
     labels: Annotated[str, "label columns: one categorical, or several of 0/1/-1/blank"] = ""
-    where: Annotated[str, "keep rows by column: source=nih,view=AP|PA"] = ""
+    where: Annotated[str, "keep rows by column: 'source=nih,view=AP|PA', quoted, as | is a pipe to the shell"] = ""
     features: Annotated[
         str | None,
         "cls, mean_patch, cls+mean_patch, mean_all, ..., or several, comma-separated; default: cls+mean_patch and cls",
@@ -151,13 +153,17 @@ class TaskConfig:
     label_noise: Annotated[
         float, "flip this share of the positive training labels, and a quarter of it of the negative ones; 0: none"
     ] = 0.0
-    noise_seed: Annotated[int, "seed of the flips"] = 42
+    noise_seed: Annotated[int, "seed of the flips"] = NOISE_SEED
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_noise <= 1:
             raise ConfigError(f"--label-noise is a share from 0 to 1, got {self.label_noise}")
         if self.noise_seed < 0:
             raise ConfigError(f"--noise-seed must be 0 or more, got {self.noise_seed}")
+        if self.noise_seed != NOISE_SEED and not self.label_noise:
+            raise ConfigError(
+                f"--noise-seed {self.noise_seed} belongs to --label-noise; give that too, or leave it out"
+            )
         if self.policies and self.test_dataset:
             raise ConfigError("--policies and --test-dataset exclude each other; give one")
         if self.policies and self.train_policy:

@@ -18,14 +18,16 @@ class HeadClock:
 
     def __init__(self) -> None:
         self._started = time.monotonic()
+        self._device: int | None = None  # heads compute on the current one
         if (cuda := _cuda()) is not None:
-            cuda.reset_peak_memory_stats()
+            self._device = cuda.current_device()
+            cuda.reset_peak_memory_stats(self._device)
 
     def cost(self, num_parameters: int) -> dict[str, Any]:
         """The cost columns of a record; memory of this process is its largest so far, bytes."""
         seconds = round(time.monotonic() - self._started, 3)
         cuda = _cuda()
-        taken = 0 if cuda is None else int(cuda.max_memory_allocated())
+        taken = 0 if cuda is None else int(cuda.max_memory_allocated(self._device))
         return {
             "seconds": seconds,
             "gpu_seconds": seconds if taken else 0.0,

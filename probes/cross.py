@@ -26,6 +26,7 @@ from probes.learned import learned_rows
 from probes.repeats import judge_repeats, repeated_features
 from probes.tasks import Samples, Task, choose_task, missing_columns, read_as
 from probes.taskspec import TaskSpec
+from probes.unfitted import masked_labels, unfitted_labels
 from probes.units import Units
 from probes.words import word_of
 
@@ -120,7 +121,7 @@ def best_task(source: Task, manifest: Manifest, reading: TaskConfig) -> tuple[Ta
     Raises:
         TaskError: the data set has neither labels nor a default task.
     """
-    default = choose_task(manifest, reading=reading)
+    default = read_as(choose_task(manifest), reading)
     offered = [name for name in manifest.meta["tasks"] if name in TASKS and not missing_columns(manifest, TASKS[name])]
     specs = [default, *(read_as(TASKS[name], reading) for name in offered if name != default.name)]
     ours = {word_in(source.spec, label) for label in source.labels}
@@ -166,6 +167,7 @@ def cross_task(
             "`names`, or choose another --test-task"
         )
     source, target = _narrowed(source, ours, shared), _narrowed(target, theirs, shared)
+    target = masked_labels(target, unfitted_labels(source))
     notes = [f"tested on {target.features.manifest.name}, task {target.name}: {len(shared)} shared labels"]
     notes += [chosen] if chosen else []
     for task, words in ((source, ours), (target, theirs)):

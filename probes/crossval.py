@@ -99,6 +99,8 @@ def _task(folds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **first,
         **counts,
         "digest": files.digest([item["task"]["digest"] for item in folds]),
+        # In some fold at least: its test rows are not scored by the label.
+        "not_fitted": [name for name in first["labels"] if any(name in item["task"]["not_fitted"] for item in folds)],
         "spec": {**first["spec"], "fold": fold},
         "notes": [*fewer, f"splits: {len(folds)} folds over all rows, {where}; of train and val the mean counts"],
     }

@@ -75,10 +75,16 @@ def band(values: Float[np.ndarray, " R"]) -> dict[str, float | None]:
     return {"mean": float(values.mean()), "sd": float(values.std(ddof=1)), "low": float(low), "high": float(high)}
 
 
+def common_labels(have: Bool[np.ndarray, "B L"]) -> Bool[np.ndarray, " L"]:
+    """Of labels that have or lack budgets, those that have every budget that any label has."""
+    return np.asarray(have[np.asarray(have.any(1))].all(0) & have.any(0))
+
+
 def macro_over_common(per_label: Values) -> tuple[Values, Bool[np.ndarray, " L"]]:
-    """(macro (B, R), which labels it is over) of values (B, R, L): labels that have every budget, so that all points of
-    a curve are over the same labels."""
-    common = np.asarray(~np.isnan(per_label["auroc"]).any((0, 1)))
+    """(macro (B, R), which labels it is over) of values (B, R, L): labels that have every budget that any label has, so
+    that all points of a curve are over the same labels. A budget that none has is NaN."""
+    have = np.asarray(~np.isnan(per_label["auroc"]).any(1))  # (B, L)
+    common = common_labels(have)
     return {name: _mean(values[..., common]) for name, values in per_label.items()}, common
 
 

@@ -8,6 +8,7 @@ from featstore.pretraining import overlap_of_set
 from probes.cross import CrossTask
 from probes.roles import SPLITS
 from probes.tasks import Task
+from probes.unfitted import unfitted_labels
 
 
 def tested_set(task: Task) -> Any:
@@ -58,6 +59,7 @@ def task_facts(task: Task, groups_known: bool) -> dict[str, Any]:
         "digest": task.digest,
         "kind": task.kind,
         "labels": list(task.labels),
+        "not_fitted": list(unfitted_labels(task)),
         "spec": task.spec.as_dict(),
         "unit": task.spec.unit,
         "pool": task.spec.pool if task.spec.unit != "image" else None,

@@ -46,14 +46,22 @@ def moments(X: Float[np.ndarray, "N D"]) -> tuple[Float[np.ndarray, " D"], Float
     step = max(1, CACHED // max(1, X.shape[1]))
     chunks = [slice(start, start + step) for start in range(0, len(X), step)]
     mean, variance = np.zeros(X.shape[1]), np.zeros(X.shape[1])
+    scratch = np.empty((min(step, len(X)), X.shape[1]))  # fresh memory would cost as much as the sums
+
+    def read(rows: slice) -> np.ndarray:
+        values = scratch[: len(X[rows])]
+        np.copyto(values, X[rows])
+        return values
+
     with np.errstate(invalid="ignore", over="ignore"):
         for rows in chunks:
-            mean += X[rows].astype(np.float64).sum(0)
+            mean += read(rows).sum(0)
         mean /= len(X)
         if not np.isfinite(mean).all():
             check_finite(X)
         for rows in chunks:
-            apart = X[rows] - mean
+            apart = read(rows)
+            apart -= mean
             variance += np.einsum("ij,ij->j", apart, apart)
     variance /= len(X)
     # Rounding of the mean alone, as scikit-learn's StandardScaler bounds it.

@@ -5,6 +5,7 @@ scikit-learn's own base class takes as long to import as torch; here it is impor
 """
 
 import inspect
+import warnings
 from typing import Any, TypeVar
 
 import numpy as np
@@ -111,6 +112,29 @@ def targets_of(y: Any, what: str) -> np.ndarray:
     """
     if y is None:
         raise TaskError(f"requires y to be passed, but the target y is None; give {what} for every row")
+    return np.asarray(y)
+
+
+def classes_or_labels(y: Any, mask: Any) -> np.ndarray:
+    """Classes (N,) or labels (N, L) of 0 and 1 as an array.
+
+    A column (N, 1) is one label where it holds 0 and 1 (or a mask says what counts of it); else it holds classes, and
+    is taken as (N,), with scikit-learn's warning.
+
+    Raises:
+        TaskError: none were given.
+    """
+    y = targets_of(y, "a class or labels")
+    if mask is None and y.ndim == 2 and y.shape[1] == 1 and not np.isin(y, (0, 1)).all():
+        from sklearn.exceptions import DataConversionWarning
+
+        warnings.warn(
+            "A column-vector y was passed when a 1d array was expected: its values are taken for classes, as they are "
+            "not the 0 and 1 of a label; give y of shape (n_samples,)",
+            DataConversionWarning,
+            stacklevel=3,
+        )
+        return np.asarray(y[:, 0])
     return np.asarray(y)
 
 

@@ -39,7 +39,7 @@ __all__ = [
     "with_token_mean",
 ]
 
-Compare = Callable[[Task, Fitted, dict[str, Any]], dict[str, Any]]
+Compare = Callable[[Task, Fitted], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +126,16 @@ def check_together(config: EvalConfig, reading: TaskConfig, splits: SplitConfig)
         (folds, splits.crossed, "--policies", bool(reading.policies)),
         (folds, splits.crossed, "--test-dataset", bool(reading.test_dataset)),
         ("--choose-features", config.choose_features, "--policies", bool(reading.policies)),
+        # A patient trains some folds and tests another, so heads of all folds would have to be drawn together.
+        (folds, splits.crossed, "--train-resamples", splits.train_resamples is not None),
     ):
         if given and taken:
             raise ConfigError(f"{flag} and {other} exclude each other; give one")
+    if config.dataset in reading.test_datasets:
+        raise ConfigError(
+            f"--test-dataset {config.dataset} is the data set itself, whose own test split is scored without that; "
+            "name another data set, or leave it out"
+        )
     if splits.train_resamples is not None and splits.train_resamples > config.resamples:
         raise ConfigError(
             f"--train-resamples {splits.train_resamples} needs as many --resamples, got {config.resamples}: every head "
@@ -245,7 +252,7 @@ def keep_record(
         "probe": probe,
         "dataset": asked.dataset,
         **set_facts(task),
-        **({"sensitivity": job.compare(task, fitted, test)} if job.compare is not None else {}),
+        **({"sensitivity": job.compare(task, fitted)} if job.compare is not None else {}),
         "features": job.features,
         "config": {name: value if isinstance(value, dict) else asdict(value) for name, value in config.items()},
         "choices": fitted.choices | (choices or {}),

@@ -133,10 +133,7 @@ def fit_fewshot(task: Task, features: str, config: FewShotConfig, *, seed: int =
         macro, kept = macro_over_common(per_label)
         common = tuple(name for name, keep in zip(names, kept) if keep)
     if all(np.isnan(values).all() for values in per_label.values()):
-        raise TaskError(
-            f"task {task.name!r}: no label has the samples that any of the budgets "
-            f"{', '.join(budget.name for budget, _, _ in draws)} asks for; lower --shots"
-        )
+        raise TaskError(f"task {task.name!r}: {_nothing(facts, config)}")
     notes = (*_budget_notes(config, len(task.index("val"))), *_notes(facts, common, columns, config))
     parameters = 0 if config.head == "knn" else len(columns) * (X.shape[1] + 1)
     return Curve([budget for budget, _, _ in draws], tuple(columns), per_label, macro, facts, common, notes, parameters)
@@ -331,8 +328,7 @@ def _notes(
         if point["skipped"]
     ]
     if len(common) < len(columns):
-        left = ", ".join(name for name in columns if name not in common)
-        notes.append(f"macro over the {len(common)} labels that have every budget and both classes in test; not {left}")
+        notes.append(_macro_note(common, columns))
     short = sum(point.get("unconverged", 0) for point in facts)
     if short:
         notes.append(f"not converged: {short} heads")
@@ -343,6 +339,33 @@ def _notes(
                 f"{'C' if config.head == 'logistic' else 'alpha'}=1"
             )
     return notes
+
+
+def _nothing(facts: list[dict[str, Any]], config: FewShotConfig) -> str:
+    """Why no label has a point at any budget, and what to do."""
+    found = []
+    # n of each class are asked of the samples there are; other draws take what comes, which may lack a class.
+    asked = [point["name"] for point in facts if point["shots"] is not None and config.sampling == "random"]
+    taken = [point for point in facts if point["name"] not in asked]
+    if any(point["skipped"] for point in facts if point["name"] in asked):
+        found.append(f"no label has the samples that any of the budgets {', '.join(asked)} asks for; lower --shots")
+    if any(point["skipped"] for point in taken):
+        flag = "--percent" if config.sampling == "random" else "--shots"
+        label, why = next(item for point in taken[::-1] for item in point["skipped"].items())
+        found.append(
+            f"no label has all its classes in the draws of {', '.join(point['name'] for point in taken)} ({label}: "
+            f"{why}); raise {flag}"
+        )
+    return "; ".join(found) or "no label has both classes in test; choose other labels or splits"
+
+
+def _macro_note(common: tuple[str, ...], columns: list[str]) -> str:
+    """Which labels the macro is over, where it is not all."""
+    which = "every budget that any label has, and both classes in test"
+    left = ", ".join(name for name in columns if name not in common)
+    if not common:
+        return f"no macro: no label has {which}; ask for fewer budgets"
+    return f"macro over {', '.join(common)}: the labels that have {which}; not {left}"
 
 
 def evaluate_fewshot(

@@ -29,7 +29,9 @@ class FewShotConfig:
         "1,2,4,8,16"
     )
     percent: Annotated[str, "also this share of the training patients or samples, with all their labels: 1,10,100"] = ""
-    repeats: Annotated[int, "draws of each size, all solved together"] = 100
+    repeats: Annotated[
+        int | None, "draws of each size, all solved together; default: 100, of a published sampling 1"
+    ] = None
     head: Annotated[Head, "logistic, ncm (nearest class mean), ridge, knn"] = "logistic"
     by: Annotated[
         Literal["patient", "sample"], "what a shot is: a sample, or a patient with all its samples of that class"
@@ -58,7 +60,9 @@ class FewShotConfig:
             raise ConfigError(f"--percent takes numbers up to 100, got {self.percent!r}")
         if not counts and not self.percents:
             raise ConfigError("--shots and --percent are both empty; give one")
-        if self.repeats < 1:
+        if self.repeats is None:  # a record says what was done
+            object.__setattr__(self, "repeats", 100 if self.sampling == "random" else 1)
+        if self.num_repeats < 1:
             raise ConfigError(f"--repeats must be at least 1, got {self.repeats}")
         self._check_head()
         if self.sampling != "random":
@@ -67,6 +71,10 @@ class FewShotConfig:
             if self.by != ("patient" if self.sampling == "first" else "sample"):
                 unit = "patients, --by patient" if self.sampling == "first" else "samples, --by sample"
                 raise ConfigError(f"--sampling {self.sampling} takes {unit}")
+            if self.num_repeats > 1:
+                raise ConfigError(
+                    f"--sampling {self.sampling} draws without chance, once; leave --repeats {self.repeats} out"
+                )
 
     def _check_head(self) -> None:
         for flag, value, head in (
@@ -99,8 +107,9 @@ class FewShotConfig:
 
     @property
     def num_repeats(self) -> int:
-        """One where nothing is drawn by chance."""
-        return self.repeats if self.sampling == "random" else 1
+        """Draws of each size; one where nothing is drawn by chance."""
+        assert self.repeats is not None  # filled in by __post_init__
+        return self.repeats
 
     @property
     def space(self) -> Scaling:

@@ -5,6 +5,7 @@ have: the record, its intervals, its thresholds, its count of how often the test
 """
 
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,20 +14,22 @@ from typing import Any
 from featstore import files
 from featstore.backbones.pooling import MEAN_ALL, parts_of
 from featstore.configs import SetConfig
-from featstore.errors import ConfigError
+from featstore.errors import ConfigError, StoreError
 from featstore.extraction.pipeline import choose_device
 from featstore.extraction.plan import Plan, describe_backbone, make_plan
 from featstore.extraction.stopping import Stop
 from featstore.objects import Place, as_object
 from featstore.store.catalog import Store
+from featstore.store.hashes import RUNS, surveys_folder
 from featstore.store.layout import set_name
 from probes.configs import EvalConfig, SplitConfig, TaskConfig
 from probes.cross import best_task, cross_task
 from probes.crossval import with_summaries
 from probes.evaluation import Job, check_together, keep_record, times_opened
+from probes.finetune_arm import Arm
 from probes.finetune_check import Foreseen, check_options, check_task, foresee
 from probes.finetune_config import FinetuneData, ImagesConfig, NetworkConfig, WorkConfig, set_config
-from probes.finetune_fit import Arm, Seeded, describe_augmentation, fit_arm, said_rate
+from probes.finetune_fit import Seeded, describe_augmentation, fit_arm, said_rate
 from probes.finetune_presets import Settled
 from probes.finetune_tasks import training_digest
 from probes.folds import fold_specs
@@ -38,8 +41,6 @@ from probes.tuning_images import ImageSet, make_image_task
 from probes.tuning_ranks import Team
 
 PROBE = "finetune"
-RUNS = "finetune"  # folder of runs in a store
-SURVEYS = "surveys"  # beside the runs of a data set: what became of its images
 Say = Callable[[str], None]
 # A task on images, made with (images, spec, whether leaks are allowed, the splits that are used).
 Make = Callable[[ImageSet, TaskSpec, bool, Sequence[str]], Task]
@@ -158,10 +159,10 @@ def _let_go(error: BaseException | None) -> None:
 def _evaluate(
     store: Store, request: Request, plan: Plan, features: str, team: Team, stop: Stop | None
 ) -> list[dict[str, Any]]:
-    surveys = runs_folder(store.path, request)
+    home = team.objects(_surveys_home(store, request) if team.writes else None)[0]
 
     def look(images: ImageSet, spec: TaskSpec, leak: bool, splits: Sequence[str]) -> Task:
-        folder = surveys / images.manifest.name / SURVEYS
+        folder = surveys_folder(home, images.manifest.name)
         return make_image_task(images, spec, team, allow_leak=leak, stop=stop, folder=folder, splits=splits)
 
     tasks = _tasks(store, request, plan, look)
@@ -277,6 +278,24 @@ def runs_folder(path: Place, request: Request) -> Path:
     if as_object(path) is not None:
         raise ConfigError(f"checkpoints need a folder on a file system, and {path} is a bucket; give --runs FOLDER")
     return Path(str(path)) / RUNS
+
+
+def _surveys_home(store: Store, request: Request) -> Place:
+    """Whose `surveys_folder` takes what becomes of images: the store, which registers with it, wherever runs lie.
+
+    A store that cannot be written (and is not asked to hold the runs) is told of no training: the folder of runs is.
+    """
+    if request.work.runs is None:
+        return store.path
+    trial = store.path / RUNS / f"trial-{uuid.uuid4().hex}"
+    try:
+        with files.writing(trial):
+            files.make_folder(trial.parent)
+        files.write_atomic(trial, b"")
+        trial.unlink(missing_ok=True)
+    except StoreError:
+        return request.work.runs
+    return store.path
 
 
 def _tasks(store: Store, request: Request, plan: Plan, make: Make) -> list[Task]:

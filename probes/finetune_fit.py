@@ -9,39 +9,33 @@ import logging
 import shutil
 import time
 import zipfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from featstore import files
-from featstore.backbones import BackboneSource
 from featstore.backbones.digests import digest_files
 from featstore.backbones.source import RANDOM_ENDING
-from featstore.backbones.trainable import Trainable, make_trainable
-from featstore.configs import RunConfig
-from featstore.errors import CorruptError, Stopped, TaskError
-from featstore.extraction.backbone import load_for_set
-from featstore.extraction.stopping import Stop
+from featstore.errors import ConfigError, CorruptError, TaskError
 from featstore.pretraining import RUN_FACTS
-from probes.adapters import Adapted, adapt
-from probes.finetune_config import WorkConfig
+from probes.finetune_arm import Arm, Rate
+from probes.finetune_costs import COSTS, keep_cost, paying, read_before, seed_cost, spent_in_vain
+from probes.finetune_memory import advised
 from probes.finetune_presets import Settled
 from probes.finetune_start import check_parity, linear_start
 from probes.finetune_tasks import refit_task, trained_task
 from probes.selection import Fitted
 from probes.tasks import Task
+from probes.tuning_cost import cost_notes, free_memory
 from probes.tuning_hold import alone
 from probes.tuning_images import kind_of
 from probes.tuning_model import Tuned, make_head, start_head
-from probes.tuning_ranks import Team
-from probes.tuning_recipe import TuningRecipe
+from probes.tuning_recipe import Precision
 from probes.tuning_run import MODEL, LinearStart, TuningOptions, TuningResult, finetune
 
-COSTS, START, PARITY = "cost.json", "start.npz", "parity.json"
-FROZEN = "frozen-features"  # until the head's start is fitted
-Rate = tuple[float, float | None]
+START, PARITY = "start.npz", "parity.json"
+FROZEN, PARITY_RUNS = "frozen-features", "parity"  # until the head's start is fitted, and the check is made
 
 log = logging.getLogger(__name__)
 
@@ -55,46 +49,6 @@ class Seeded(NamedTuple):
     weights: Path | None
 
 
-@dataclass
-class Arm:
-    """A network, what of it trains, and how; `root` holds its runs, `features` are what its head reads."""
-
-    source: BackboneSource
-    identity: dict[str, Any]
-    settled: Settled
-    features: str
-    work: WorkConfig
-    team: Team
-    root: Path
-    stop: Stop | None = None
-    notes: list[str] = field(default_factory=list)
-    before: dict[str, float] = field(default_factory=dict)  # seconds of what comes before all runs
-
-    def trainable(self) -> Trainable:
-        """The network as it begins, in float32 on this process's device.
-
-        Raises:
-            ConfigError: one that cannot train, or not as is asked.
-        """
-        chosen = self.settled.values
-        run: RunConfig = self.work.run
-        backbone = load_for_set(self.source, {**self.identity, "compute_dtype": "float32"}, run, self.team.device)
-        return make_trainable(
-            backbone,
-            checkpointing=self.work.checkpointing,
-            drop_path=chosen["drop_path"],
-            augment_positions=chosen["stretch_positions"],
-        )
-
-    def adapted(self, seed: int) -> Adapted:
-        """The same with the method applied."""
-        return adapt(self.trainable(), self.settled.method, self.settled.adapter(seed), features=self.features)
-
-    def recipe(self, rate: Rate, seed: int, stop_after: int | None = None) -> TuningRecipe:
-        """How one run is trained here."""
-        return self.settled.recipe(rate, seed, micro=self.work.micro, stop_after=stop_after)
-
-
 def fit_arm(arm: Arm, task: Task) -> list[Seeded]:
     """Train every rate with the first seed, choose one on validation, and repeat it with the other seeds.
 
@@ -102,8 +56,14 @@ def fit_arm(arm: Arm, task: Task) -> list[Seeded]:
         TaskError: numbers or ranks, a split without both classes of any label, or a rate for which the loss left the
             finite numbers where there is no other.
         ConfigError: a network that cannot train so; bfloat16 that departs from float32.
+        DeviceError: no memory for it; says what takes less.
         Stopped: asked to end; the same call goes on.
     """
+    with advised(arm):
+        return _fit_arm(arm, task)
+
+
+def _fit_arm(arm: Arm, task: Task) -> list[Seeded]:
     kind_of(task)
     start, started = _start(arm, task) if arm.settled.values["start"] == "linear" else (None, {})
     options = TuningOptions(
@@ -153,7 +113,7 @@ class _Trials:
             if "finite" not in str(error):
                 raise
             self.failed[rate] = str(error)
-            self.costs.append(_spent(time.monotonic() - began, self.arm.team))
+            self.costs.append(spent_in_vain(time.monotonic() - began, self.arm.team))
 
     def _train(
         self, task: Task, rate: Rate, folder: Path, options: TuningOptions, stop_after: int | None = None
@@ -168,7 +128,8 @@ class _Trials:
             team=arm.team,
             stop=arm.stop,
         )
-        self.costs.append(_largest(result.cost, folder / COSTS, arm.team))
+        self.costs.append(keep_cost(result.cost, folder / COSTS, arm.team))
+        free_memory(arm.team)
         return result
 
     def choose(self) -> Rate:
@@ -213,7 +174,11 @@ class _Trials:
         if refit:
             choices["refit_epochs"] = final.progress.epoch
         self._about(choices, self.folder / ("refit-" * refit + _name(rate)))
-        notes = list(dict.fromkeys([*arm.notes, *chosen.notes, *self._notes(rate)]))
+        # The first seed also pays for what comes before all runs: the head's start, the check of bfloat16.
+        before = arm.before.values() if self.seed == arm.settled.seeds[0] else ()
+        cost = seed_cost(self.costs, before, chosen.cost)
+        notes = [*arm.notes, *chosen.notes, *self._notes(), *cost_notes(cost["trained_with"], final.asked)]
+        notes = list(dict.fromkeys(notes))
         if refit:
             notes += [  # the first is that of every fold too
                 "trained again on train and val with the rate that validation chose; val shows the run before that",
@@ -227,7 +192,7 @@ class _Trials:
             final.num_trainable,
             tuple(notes),
         )
-        return Seeded(self.seed, fitted, self._cost(chosen), final.weights)
+        return Seeded(self.seed, fitted, cost, final.weights)
 
     def _export(self, rate: Rate, export: TuningOptions) -> TuningResult:
         costs = list(self.costs)
@@ -275,36 +240,13 @@ class _Trials:
             "protocol_deviations": list(arm.settled.deviations),
         }
 
-    def _notes(self, rate: Rate) -> list[str]:
+    def _notes(self) -> list[str]:
         notes = []
         if self.failed:
             notes.append(f"training left the finite numbers at {'; '.join(map(said_rate, self.failed))}")
         if self.seed != self.arm.settled.seeds[0]:
             notes.append(f"learning rates were chosen with seed {self.arm.settled.seeds[0]} for all seeds")
         return notes
-
-    def _cost(self, chosen: TuningResult) -> dict[str, Any]:
-        """What all runs of this seed took; images/s are those of the chosen one, validation included.
-
-        The first seed also pays for what comes before all of them: the head's start, the check of bfloat16.
-        """
-        before = sum(self.arm.before.values()) if self.seed == self.arm.settled.seeds[0] else 0.0
-        used = before * self.arm.team.world if self.arm.team.device.startswith("cuda") else 0.0
-        total = {
-            name: round(extra + sum(cost[name] for cost in self.costs), 3)
-            for name, extra in (("seconds", before), ("gpu_seconds", used))
-        }
-        largest = {
-            name: max(cost[name] for cost in self.costs) for name in ("peak_memory_bytes", "peak_gpu_memory_bytes")
-        }
-        return {
-            **total,
-            **largest,
-            "trainable_parameters": chosen.num_trainable,
-            "images_per_second": chosen.cost["images_per_second"],
-            "processes": chosen.cost["processes"],
-            "runs": len(self.costs),
-        }
 
     def _about(self, choices: dict[str, Any], folder: Path) -> None:
         """Beside the weights, what they are and which rows they have seen (`featstore.pretraining.runs_behind`)."""
@@ -344,12 +286,6 @@ class _Trials:
         files.write_atomic(folder / RUN_FACTS, json.dumps(said, indent=1, default=str).encode())
 
 
-def _spent(seconds: float, team: Team) -> dict[str, Any]:
-    """The cost of a run that came to nothing."""
-    used = seconds * team.world if team.device.startswith("cuda") else 0.0
-    return {"seconds": seconds, "gpu_seconds": used, "peak_memory_bytes": 0, "peak_gpu_memory_bytes": 0}
-
-
 def _tried(result: TuningResult) -> dict[str, Any]:
     progress = result.progress
     found: dict[str, Any] = {
@@ -385,16 +321,6 @@ def describe_augmentation(values: dict[str, Any]) -> str:
     return ", ".join(parts) or "none"
 
 
-def _largest(cost: dict[str, Any], path: Path, team: Team) -> dict[str, Any]:
-    """The cost of a run with the largest memory that any of its attempts took."""
-    names = ("peak_memory_bytes", "peak_gpu_memory_bytes")
-    held = json.loads(path.read_bytes()) if path.is_file() else {}
-    found = cost | {name: max(cost[name], held.get(name, 0)) for name in names}
-    if team.writes:
-        files.write_atomic(path, json.dumps({name: found[name] for name in names}).encode())
-    return found
-
-
 def _start(arm: Arm, task: Task) -> tuple[LinearStart, dict[str, Any]]:
     """The linear probe that heads start from, kept for the runs that go on."""
     path = arm.root / START
@@ -407,17 +333,14 @@ def _start(arm: Arm, task: Task) -> tuple[LinearStart, dict[str, Any]]:
             facts = json.loads(str(held["facts"]))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CorruptError(f"{path} is damaged; remove it, and the head's start is fitted again") from error
-    _pays(arm, START)
+    arm.before[START] = read_before(arm, START)
     return LinearStart(**arrays), facts
 
 
 def _fit_start(arm: Arm, task: Task, path: Path) -> None:
-    spent = arm.root / FROZEN / COSTS
-    before = files.unseal(spent.read_bytes(), spent)["seconds"] if spent.is_file() else 0.0
-    began = time.monotonic() - before
     log.info("fitting the linear probe that the head starts from")
     values = arm.settled.values
-    try:
+    with paying(arm, START):  # beside the file, whose bytes are those of any other attempt
         start, facts = linear_start(
             task,
             arm.trainable(),
@@ -428,12 +351,8 @@ def _fit_start(arm: Arm, task: Task, path: Path) -> None:
             folder=arm.root / FROZEN,
             stop=arm.stop,
         )
-    except Stopped:
-        if arm.team.writes:
-            files.write_atomic(spent, files.sealed({"seconds": round(time.monotonic() - began, 3)}))
-        raise
+    free_memory(arm.team)
     if arm.team.writes:
-        _pays(arm, START, time.monotonic() - began)  # not in the file, whose bytes are those of any other attempt
         sink = io.BytesIO()
         arrays = {"weight": start.weight, "bias": start.bias, "mean": start.mean, "scale": start.scale}
         held = {name: np.asarray(value) for name, value in arrays.items()}
@@ -450,35 +369,31 @@ def _parity(arm: Arm, task: Task, start: LinearStart | None) -> dict[str, Any]:
         if not arm.team.any([path.is_file()])[0]:
             _check_parity(arm, task, start, path)
     found: dict[str, Any] = files.unseal(path.read_bytes(), path)
-    _pays(arm, PARITY)
+    arm.before[PARITY] = read_before(arm, PARITY)
     return found
 
 
 def _check_parity(arm: Arm, task: Task, start: LinearStart | None, path: Path) -> None:
-    began = time.monotonic()
     log.info("checking bfloat16 against float32")
     rate = arm.settled.rates[-1]
 
-    def make(precision: str) -> Tuned:
+    def make(precision: Precision) -> Tuned:
         adapted = arm.adapted(arm.settled.train_seed)
         head = make_head(adapted, arm.features, len(task.labels), arm.settled.train_seed)
         if start is not None:
             start_head(head, start.weight, start.bias, start.mean, start.scale)
-        return Tuned(adapted, arm.features, head, precision)  # type: ignore[arg-type]
+        return Tuned(adapted, arm.features, head, precision)
 
-    facts = check_parity(task, make, arm.recipe(rate, arm.settled.train_seed), arm.root / "parity", arm.team)
+    recipe, folder = arm.recipe(rate, arm.settled.train_seed), arm.root / PARITY_RUNS
+    with paying(arm, PARITY):
+        try:
+            facts = check_parity(task, make, recipe, folder, arm.team, shard=arm.work.shard, stop=arm.stop)
+        except ConfigError:
+            if arm.team.writes:  # with other versions it may come out otherwise
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     facts["lr"] = rate[0]
     if arm.team.writes:
-        _pays(arm, PARITY, time.monotonic() - began)
         files.write_atomic(path, files.sealed(facts))
+        shutil.rmtree(folder, ignore_errors=True)
     arm.team.wait()
-
-
-def _pays(arm: Arm, what: str, seconds: float | None = None) -> None:
-    """Note what a part that comes before all runs took, beside them for those that go on; None reads it again."""
-    path = arm.root / COSTS
-    held: dict[str, float] = json.loads(path.read_bytes()) if path.is_file() else {}
-    if seconds is not None:
-        held[what] = round(seconds, 3)
-        files.write_atomic(path, json.dumps(held).encode())
-    arm.before[what] = held.get(what, 0.0)

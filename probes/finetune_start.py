@@ -1,13 +1,13 @@
 """What comes before a run: the linear probe that its head starts from, and the check that bfloat16 may stand in."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from featstore import files
@@ -21,16 +21,18 @@ from probes.selection import check_two_classes, macro_quality
 from probes.tasks import Task
 from probes.tuning_activations import Activations
 from probes.tuning_augment import Augmenter
+from probes.tuning_cost import free_memory
 from probes.tuning_feed import Feed, PixelFeed, fill_rows
 from probes.tuning_images import Split, pool_scores, split_images
 from probes.tuning_images import kind_of as tuned_kind
 from probes.tuning_loop import Data, Run
 from probes.tuning_model import Tuned
-from probes.tuning_ranks import Team
-from probes.tuning_recipe import AugmentRecipe, TuningRecipe
+from probes.tuning_ranks import Team, should_shard
+from probes.tuning_recipe import AugmentRecipe, Precision, TuningRecipe
 from probes.tuning_run import LinearStart
 from probes.tuning_state import Checkpoints
 
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 PARITY_STEPS = 12  # of training in each precision
 PARITY_ROWS = 256  # validation images that both score
 LOSS_GAP = 0.02  # relative difference of the mean training loss that passes: about bfloat16's rounding, 2^-8, times 5
@@ -109,43 +111,45 @@ def linear_start(
 
 
 def check_parity(
-    task: Task, make: Callable[[str], Tuned], recipe: TuningRecipe, folder: Path, team: Team
+    task: Task,
+    make: Callable[[Precision], Tuned],
+    recipe: TuningRecipe,
+    folder: Path,
+    team: Team,
+    *,
+    shard: bool | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Train a few steps in float32 and in bfloat16 from the same start on the same images, and compare.
 
     Args:
-        make: a model in the precision of that name, the same for both in everything else.
-        folder: for checkpoints while it runs; removed afterwards.
+        make: a model in the precision of that name, the same for both in everything else; called twice, and nothing is
+            left of the first model then.
+        folder: keeps what is done, so that the same call goes on; the caller removes it.
+        shard: as `TuningOptions.shard`.
 
     Returns:
         Relative difference of the mean training loss, mean and largest difference of probabilities of validation.
 
     Raises:
         ConfigError: they differ by more than rounding may.
+        Stopped: asked to end.
     """
     train, val = (split_images(task, split) for split in ("train", "val"))
     few = _first(train, PARITY_STEPS * recipe.batch)
     seen = _first(val, PARITY_ROWS)
     plain = AugmentRecipe()
-    found = {}
-    if team.writes:
-        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed, maybe with another seed
-    team.wait()
-    for precision in ("float32", "bfloat16"):
+    feeds: dict[str, Feed] = {"train": PixelFeed(few, team.device), "val": PixelFeed(seen, team.device)}
+    data = Data(tuned_kind(task), few, seen, feeds, lambda _: 0.0, None, Augmenter(plain, task.labels, recipe.seed))
+    found = []
+    for precision in PRECISIONS:
         short = replace(
             recipe, epochs=1, precision=precision, patience=None, keep="loss", drop_last=False, augment=plain,
             optimisation=replace(recipe.optimisation, warmup=0.0, schedule="constant"),
         )  # fmt: skip
-        feeds: dict[str, Feed] = {"train": PixelFeed(few, team.device), "val": PixelFeed(seen, team.device)}
-        data = Data(tuned_kind(task), few, seen, feeds, lambda _: 0.0, None, Augmenter(plain, task.labels, recipe.seed))
-        place = folder / precision
-        run = Run(make(precision), data, short, team, Checkpoints(place, {"parity": precision}, writes=team.writes))
-        progress = run.train()
-        found[precision] = progress.train_loss[0], run.scores(seen, feeds["val"])
-        team.wait()
-        if team.writes:
-            shutil.rmtree(place, ignore_errors=True)
-    (loss, scores), (low_loss, low_scores) = found["float32"], found["bfloat16"]
+        found.append(_short_run(partial(make, precision), data, short, folder, team, shard=shard, stop=stop))
+        free_memory(team)
+    (loss, scores), (low_loss, low_scores) = found
     gap = abs(scores - low_scores)
     facts = {
         "steps": -(-len(few) // recipe.batch),
@@ -163,6 +167,39 @@ def check_parity(
             f"{facts['mean_score_gap']:.3f} on average (at most {SCORE_GAP:g}); leave it out, and train in float32"
         )
     return facts
+
+
+def _short_run(
+    make: Callable[[], Tuned],
+    data: Data,
+    recipe: TuningRecipe,
+    folder: Path,
+    team: Team,
+    *,
+    shard: bool | None,
+    stop: Stop | None,
+) -> tuple[float, Float64[np.ndarray, "n L"]]:
+    """(mean training loss, probabilities of validation) of a short run, kept so that it is done once."""
+    identity = {
+        "recipe": recipe.identity(),
+        "images": [[split.images.manifest.digest, split.rows.tolist()] for split in (data.train, data.val)],
+    }
+    place = folder / f"{recipe.precision}-{files.digest(identity)[:10]}"
+    done = place / "scores.json"
+    if not team.any([done.is_file()])[0]:
+        model = make()
+        cut = should_shard(shard, model.trainable, team.world)
+        run = Run(model, data, recipe, team, Checkpoints(place, identity, writes=team.writes), stop, cut)
+        loss = run.train().train_loss[0]
+        scores = run.scores(data.val, data.feeds["val"])
+        if team.writes:
+            files.write_atomic(done, files.sealed({"loss": loss, "scores": scores.tolist()}))
+            for path in place.glob("*.safetensors"):  # as large as the network
+                path.unlink()
+        team.wait()
+    held = files.unseal(done.read_bytes(), done)
+    team.wait()  # before it may be removed
+    return held["loss"], np.array(held["scores"])
 
 
 def _first(split: Split, count: int) -> Split:

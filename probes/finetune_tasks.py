@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from featstore import files
+from featstore.store.features import FeatureSet
 from probes.cross import CrossTask
 from probes.tasks import Task
 
@@ -63,7 +64,18 @@ def trained_task(task: Task) -> Task:
 def training_digest(task: Task) -> str:
     """Changes with everything of a task on images that training sees: rows that can be decoded and their labels.
 
-    Not with what it is tested on.
+    Also with the bytes of those images; not with what it is tested on.
     """
-    failed = sorted(row for row in task.features.failures if task.role[row] in ("train", "val"))
-    return files.digest([trained_task(task).digest, list(task.labels), failed])
+    used = np.flatnonzero(np.isin(task.role, ("train", "val")))
+    failed = sorted(set(task.features.failures) & set(used.tolist()))
+    return files.digest([trained_task(task).digest, list(task.labels), failed, contents_digest(task.features, used)])
+
+
+def contents_digest(images: FeatureSet, rows: Int[np.ndarray, " n"]) -> str:
+    """Changes with the bytes of these samples' files, as far as they were looked at.
+
+    Usually the manifest's digest says so too; not where a store that could not be written is told of no training.
+    """
+    failures = images.failures
+    contents = images.manifest.table.column("content").take(rows).to_pylist()
+    return files.digest([None if row in failures else value for row, value in zip(rows.tolist(), contents)])

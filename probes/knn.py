@@ -16,7 +16,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from featstore.errors import TaskError
 from probes.bank import NeighbourEstimator, Tile
 from probes.checks import Kind, check_labels
-from probes.estimator import features_of
+from probes.estimator import classes_or_labels, features_of
 from probes.neighbours import Backend, Device
 from probes.votes import Vote, class_totals, label_totals
 
@@ -68,9 +68,7 @@ class KNNProbe(ClassifierMixin, NeighbourEstimator):  # type: ignore[misc]  # sc
                 not there.
         """
         X = features_of(self, X, reset=True)
-        if y is None:
-            raise TaskError("requires y to be passed, but the target y is None; give a class or labels for every row")
-        y = np.asarray(y)
+        y = classes_or_labels(y, mask)
         kind: Kind = "multilabel" if y.ndim == 2 else "multiclass"
         mask = None if mask is None else np.asarray(mask, dtype=bool)
         mask = check_labels(X, y, mask, kind, num_classes) if kind == "multilabel" or num_classes else _any(X, y, mask)

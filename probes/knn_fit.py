@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import numpy as np
+
+from featstore.errors import TaskError
 from probes.configs import KnnConfig
 from probes.selection import Both, Fitted, load, macro_quality
 from probes.tasks import Samples, Task
@@ -16,20 +19,22 @@ def fit_knn(task: Task, features: str, config: KnnConfig) -> Fitted:
 
     plan = Plan.of(config)
     parts = load(task, features)
+    if not config.standardize:  # which moves the origin
+        _check_directions(task, parts)
     X, y, mask, groups = parts["train"]
     more = {"num_classes": len(task.labels)} if task.kind == "multiclass" else {}
     head = plan.make(task.kind).fit(X, y, mask, **more)
+    rows = head.bank_rows_
+    most = head.keep_within(groups[rows]) if config.select == "loo" else len(rows)
     val = {k: task.pool("val", scores) for k, scores in head.scores(parts["val"][0]).items()}
     if config.select == "loo":
-        rows = head.bank_rows_
         truth = Samples(y[rows], mask[rows], groups[rows], [])
-        quality = {
-            k: macro_quality(task, scores, truth) for k, scores in head.leave_one_out(groups[rows]).items() if k in val
-        }
+        left = head.leave_one_out(groups[rows])
+        quality = {k: macro_quality(task, scores, truth) for k, scores in left.items()}
     else:
         quality = {k: macro_quality(task, scores, task.truth("val")) for k, scores in val.items()}
     best = max(quality, key=lambda k: (quality[k], -k))
-    notes, dropped, num_train = [], head.dropped_k_, len(X)
+    notes, dropped = [], head.dropped_k_
     if plan.refit:
         both = Both.of(task, parts)
         X, (y, mask, _, _) = both.X, both.fitted
@@ -50,6 +55,31 @@ def fit_knn(task: Task, features: str, config: KnnConfig) -> Fitted:
     if plan.vote != "mlknn":  # test rows a label, scored by prevalence
         choices["without_labelled_neighbour"] = head.unlabelled_[best].tolist()
     if dropped:
-        notes.append(f"k {', '.join(map(str, dropped))} left out: more than the {num_train} training rows")
+        outside = " outside the patient that has most" if config.select == "loo" else ""
+        notes.append(f"k {', '.join(map(str, dropped))} left out: more than the {most} training rows{outside}")
     notes += [f"deviates from protocol {config.protocol}: {text}" for text in deviations]
     return Fitted(val[best], test, choices, 0, tuple(notes))
+
+
+def _check_directions(task: Task, parts: dict[str, Any]) -> None:
+    """Every row that is searched or searched with has a direction; the estimators know rows by number alone.
+
+    Raises:
+        TaskError: rows of zeros.
+    """
+    found = []
+    for split, (X, _, mask, _) in parts.items():
+        rows = np.flatnonzero(X[:, 0] == 0)
+        rows = rows[~X[rows].any(1)]
+        if split == "train":  # others are not in the bank
+            rows = rows[mask[rows] if mask.ndim == 1 else mask[rows].any(1)]
+        if len(rows):
+            ids = task.samples(split, "train" if split == "train" else "eval").ids
+            found += [(split, ids[row]) for row in rows]
+    if found:
+        split, name = found[0]
+        raise TaskError(
+            f"the features of {len(found)} sample{'s' if len(found) > 1 else ''} are zero, such as those of {name!r} "
+            f"({split}), and have no direction to be near to: import features without them, which marks them failed, "
+            "or give --standardize, or use `probes linear`"
+        )

@@ -107,8 +107,16 @@ class Plan:
             if self.smoothing != 1:
                 found.append(f"smoothing {self.smoothing:g} in place of 1")
         if masked:
-            found.append(f"{masked} masked label entries of the library count as absent; the protocol has none")
+            found.append(f"{masked} masked label entries of the library {self._masked(task)}; the protocol has none")
         return found
+
+    def _masked(self, task: Task) -> str:
+        """What becomes of masked entries."""
+        if self.vote == "mlknn":
+            return "are left out of their label's prior and counts, and their rows are neighbours without it"
+        if task.kind == "multilabel":
+            return "count as absent"
+        return "are left out"
 
 
 def _of_set(name: str, task: Task) -> list[str]:

@@ -6,6 +6,7 @@ Labels stay verbatim in the manifest; what they mean is said here, by the task's
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,8 @@ from probes.words import word_of
 
 TargetKind = Literal["multilabel", "multiclass", "regression", "ordinal"]
 MAX_CLASSES = 1000
+MOST_NUMBERS = 20  # numbers that are taken for classes without being asked
+MOST_NAMED = 10  # values in a message
 NUMBERS = {"1": 1, "0": 0, "-1": -1}
 BLANK = -2  # what a cell says beside 1, 0 and -1
 Columns = Mapping[str, Sequence[Any] | Cells]
@@ -39,6 +42,7 @@ class Targets:
     mask: Bool[np.ndarray, "N ..."]
     dropped_train: Bool[np.ndarray, " N"]
     dropped: Bool[np.ndarray, " N"]
+    notes: tuple[str, ...] = ()
 
 
 def label_columns(spec: TaskSpec) -> tuple[str, ...]:
@@ -81,13 +85,17 @@ def check_spec(spec: TaskSpec) -> None:
         )
 
 
-def read_targets(columns: Columns, spec: TaskSpec) -> Targets:
+def read_targets(columns: Columns, spec: TaskSpec, *, every_class: bool = False) -> Targets:
     """Labels of a task from its columns (`label_columns`); rows that are not used hold None.
 
+    With `every_class` each of the task's classes must be in some row; rows of other values are left out, with a note.
+
     Raises:
-        TaskError: a value that the kind of task cannot read, or too many classes.
+        TaskError: a value that the kind of task cannot read, too many classes, or a class that no row has.
     """
     cells = {name: cells_of(values) for name, values in columns.items()}
+    if spec.classes and every_class:
+        _check_classes([cells[label] for label in spec.labels], spec)
     if spec.kind in ("regression", "ordinal"):
         _check_policies(spec, spec.kind)
         return _read_numbers(cells, spec)
@@ -262,7 +270,13 @@ def _text(value: Any) -> str:
 
 def _read_classes(cells: Cells, spec: TaskSpec) -> Targets:
     """One categorical column: the task's classes, else those there are in sorted order; other rows are masked."""
-    classes = spec.classes or tuple(sorted(set(map(_text, cells.values)) - {""}))
+    found = set(map(_text, cells.values)) - {""}
+    if not spec.classes and spec.kind == "auto" and len(found) > MOST_NUMBERS and all(map(_is_number, found)):
+        raise TaskError(
+            f"label {spec.labels[0]!r} has {len(found)} different values, all of them numbers: with --kind regression "
+            "they are numbers to fit; --kind multiclass takes each for a class of its own"
+        )
+    classes = spec.classes or tuple(sorted(found))
     if len(classes) > MAX_CLASSES:
         raise TaskError(
             f"label {spec.labels[0]!r} has {len(classes)} different values; "
@@ -270,33 +284,88 @@ def _read_classes(cells: Cells, spec: TaskSpec) -> Targets:
         )
     y, mask = _numbered(cells, classes)
     none = np.zeros(len(y), dtype=bool)
-    return Targets("multiclass", classes, y, mask, y, mask, none, none)
+    return Targets("multiclass", classes, y, mask, y, mask, none, none, _unnamed(spec.labels[0], cells, classes))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _class_of(value: Any, classes: tuple[str, ...]) -> int:
+    """Number of the class that a value is, -1 for none; 1.0 is the class 1."""
+    text = _text(value)
+    known = [name for name in (text, text.removesuffix(".0")) if name in classes]
+    return classes.index(known[0]) if known else -1
 
 
 def _numbered(cells: Cells, classes: tuple[str, ...]) -> tuple[Int[np.ndarray, " N"], Bool[np.ndarray, " N"]]:
-    number = {name: index for index, name in enumerate(classes)}
-
-    def find(value: Any) -> int:
-        text = _text(value)
-        return number.get(text, number.get(text.removesuffix(".0"), -1))
-
-    y = cells.mapped(find, np.int64)
+    number = {value: _class_of(value, classes) for value in map(_text, cells.values)} | {"": _class_of("", classes)}
+    y = cells.mapped(lambda value: number[_text(value)], np.int64)
     return np.maximum(y, 0), y >= 0
+
+
+def _counts(cells: Cells) -> dict[str, int]:
+    """Rows of each value, the most frequent first."""
+    rows = np.bincount(cells.index[cells.index >= 0], minlength=len(cells.values)).tolist()
+    found: dict[str, int] = {}
+    for value, count in zip(cells.values, rows):
+        if not is_blank(value):
+            found[_text(value)] = found.get(_text(value), 0) + count
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    """`mild (120), severe (103)`, cut short where there are many."""
+    named = [f"{value} ({count})" for value, count in counts.items()]
+    return ", ".join(named[:MOST_NAMED]) + (f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else "")
+
+
+def _check_classes(columns: Sequence[Cells], spec: TaskSpec) -> None:
+    """Every class of a task is in some row.
+
+    Raises:
+        TaskError: one is in none, as where it is misspelt.
+    """
+    counts: dict[str, int] = {}
+    for cells in columns:
+        for value, count in _counts(cells).items():
+            counts[value] = counts.get(value, 0) + count
+    there = {_class_of(value, spec.classes) for value in counts}
+    for number, name in enumerate(spec.classes):
+        if number not in there:
+            free = {value.lower(): value for value in counts if _class_of(value, spec.classes) < 0}
+            near = [free[found] for found in get_close_matches(name.lower(), free, n=3)]
+            raise TaskError(
+                f"task {spec.name!r}: no row of {', '.join(map(repr, spec.labels))} is of the class {name!r}"
+                + (f" (near it: {', '.join(map(repr, near))})" if near else "")
+                + f"; name classes as the column spells them. Its values, with their rows: {_listed(counts)}"
+            )
+
+
+def _unnamed(label: str, cells: Cells, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """A note on rows whose value is none of the classes."""
+    left = {value: count for value, count in _counts(cells).items() if _class_of(value, classes) < 0}
+    return (f"{label}: rows of values that are none of the classes left out: {_listed(left)}",) if left else ()
 
 
 def _read_numbers(columns: Mapping[str, Cells], spec: TaskSpec) -> Targets:
     """Numbers as they are, or ranks 0 to K - 1 of ordered classes; blank cells are masked, whatever the policies."""
-    pairs = []
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    notes: list[str] = []
     for label in spec.labels:
         if spec.kind == "regression":
             pairs.append(read_numbers(columns[label], label))
         else:
             ranks, mask = _numbered(columns[label], spec.classes)
             pairs.append((ranks.astype(np.float64), mask))
+            notes += _unnamed(label, columns[label], spec.classes)
     y, mask = (np.stack([pair[part] for pair in pairs], 1) for part in (0, 1))
     none = np.zeros(len(y), dtype=bool)
     kind: TargetKind = "regression" if spec.kind == "regression" else "ordinal"
-    return Targets(kind, spec.labels, y, mask, y, mask, none, none)
+    return Targets(kind, spec.labels, y, mask, y, mask, none, none, tuple(notes))
 
 
 def read_numbers(values: Sequence[Any] | Cells, label: str) -> tuple[Float[np.ndarray, " N"], Bool[np.ndarray, " N"]]:

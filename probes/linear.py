@@ -16,6 +16,7 @@ from probes.ridge import DEFAULT_ALPHA, RidgeProbe
 from probes.scoring import measure
 from probes.selection import NUM_FOLDS, REFIT_NOTE, Both, Fitted, folds, load, picked, target_quality
 from probes.tasks import Samples, Task
+from probes.unfitted import unfitted_labels
 
 MIN_POSITIVES = 10  # a label with fewer takes the pooled choice
 
@@ -112,9 +113,10 @@ def fit_ridge(task: Task, features: str, config: LinearConfig) -> Fitted:
         metrics = measure(task, truth.y, chosen, truth.mask) | {"scored": "train and val, out of fold"}
     test = picked(head.predictions(parts["test"][0]), index)
     edge = (len(grid) > 1) & ((index == 0) | (index == len(grid) - 1))
+    columns = fitted_columns(task)
     choices = {
-        "alpha": {name: float(head.alpha_[number]) for name, number in zip(task.labels, index)},
-        "at_edge": {name: bool(value) for name, value in zip(task.labels, edge)},
+        "alpha": {task.labels[column]: float(head.alpha_[index[column]]) for column in columns},
+        "at_edge": {task.labels[column]: bool(edge[column]) for column in columns},
         **({"folds": NUM_FOLDS} if config.refit else {}),
     }
     parameters = head.coef_[0].size + head.coef_.shape[2]
@@ -130,6 +132,12 @@ def choose_alpha(per_alpha: Float[np.ndarray, "A n T"], truth: Samples) -> Int[n
     last = len(quality) - 1
     mean = last - int(quality[::-1, defined].mean(1).argmax())
     return np.where(defined, last - np.where(defined, quality, 0)[::-1].argmax(0), mean)
+
+
+def fitted_columns(task: Task) -> Int[np.ndarray, " k"]:
+    """Numbers of the labels that train can teach."""
+    left_out = unfitted_labels(task)
+    return np.array([number for number, label in enumerate(task.labels) if label not in left_out], np.int64)
 
 
 def logistic_head(config: LinearConfig, grid: tuple[float, ...]) -> LogisticProbe:
@@ -184,9 +192,11 @@ def describe(
     """Choices for the record, per label (one entry for a categorical label).
 
     `C_per_sample` is C times the training rows: the weight of the mean loss, which does not depend on their number.
+    Nothing is said of labels that were not fitted, see `probes.unfitted`.
     """
-    names = [task.spec.labels[0]] if task.kind == "multiclass" else list(task.labels)
-    columns = np.arange(len(names))
+    names = np.array([task.spec.labels[0]] if task.kind == "multiclass" else task.labels, dtype=np.object_)
+    columns = fitted_columns(task) if len(names) > 1 else np.arange(1)
+    names, index, pooled, edge = names[columns], index[columns], pooled[columns], edge[columns]
     num_rows = {split: len(task.index(split)) for split in ("train", "val")}
     return {
         "C": {name: float(head.C_[number]) for name, number in zip(names, index)},

@@ -17,7 +17,15 @@ from jaxtyping import Bool, Float, Integer
 from featstore.errors import ConfigError, TaskError
 from probes.checks import CHUNK, Kind, check_finite, check_kind, check_labels, check_width
 from probes.eigenbasis import scaled
-from probes.estimator import Estimator, features_of, numbered, row_weights, targets_of, weighted_moments
+from probes.estimator import (
+    Estimator,
+    classes_or_labels,
+    features_of,
+    numbered,
+    row_weights,
+    targets_of,
+    weighted_moments,
+)
 from probes.solver import Fitted, solve_binary, solve_softmax
 from probes.workers import Workers, worker_threads
 
@@ -87,7 +95,7 @@ class LogisticProbe(Estimator):
             TaskError: arrays that do not fit together, features that are not finite, no labelled row.
         """
         X = features_of(self, X, reset=True)
-        y = targets_of(y, "a class or labels")
+        y = classes_or_labels(y, mask)
         self._check_options()
         numbers_given = kind is not None or num_classes is not None
         kind = kind or ("multilabel" if y.ndim == 2 else "multiclass")
@@ -264,6 +272,7 @@ class LogisticProbe(Estimator):
         y = targets_of(y, "a class or labels")
         X = features_of(self, X, reset=False)
         if self.kind_ == "multiclass":
+            y = y.ravel() if y.shape[1:] == (1,) else y
             missing = ~np.isin(y if mask is None else y[np.asarray(mask, dtype=bool)], self.classes_)
             if missing.any():
                 raise TaskError(f"a class to choose by was not there to fit on; classes: {self.classes_.tolist()}")
@@ -297,7 +306,8 @@ class LogisticProbe(Estimator):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Share of rows that `predict` gets right (of labels: all of them), as scikit-learn's classifiers."""
-        right = self.predict(X) == targets_of(y, "a class or labels")
+        found = self.predict(X)
+        right = found == targets_of(y, "a class or labels").reshape(found.shape)
         right = right.all(1) if right.ndim == 2 else right
         return float(np.average(right, weights=sample_weight))
 

@@ -11,7 +11,15 @@ from jaxtyping import Float, Float64
 
 from featstore.errors import ConfigError, TaskError
 from probes.checks import Kind, check_finite, check_labels
-from probes.estimator import Estimator, features_of, numbered, row_weights, targets_of, weighted_moments
+from probes.estimator import (
+    Estimator,
+    classes_or_labels,
+    features_of,
+    numbered,
+    row_weights,
+    targets_of,
+    weighted_moments,
+)
 from probes.fewshot_config import Scaling
 
 SCALINGS: tuple[Scaling, ...] = ("standardize", "none", "unit", "centred")
@@ -47,7 +55,7 @@ class NearestMeanProbe(Estimator):
         if self.scaling not in SCALINGS:
             raise ConfigError(f"scaling is one of {', '.join(SCALINGS)}, got {self.scaling!r}")
         X = features_of(self, X, reset=True)
-        y = targets_of(y, "a class or labels")
+        y = classes_or_labels(y, mask)
         kind: Kind = "multilabel" if y.ndim == 2 else "multiclass"
         mask = None if mask is None else np.asarray(mask, dtype=bool)
         mask = check_labels(X, y if kind == "multilabel" else np.zeros(y.shape, np.int64), mask, kind)
@@ -107,7 +115,8 @@ class NearestMeanProbe(Estimator):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Share of rows that `predict` gets right (of labels: all of them), as scikit-learn's classifiers."""
-        right = self.predict(X) == targets_of(y, "a class or labels")
+        found = self.predict(X)
+        right = found == targets_of(y, "a class or labels").reshape(found.shape)
         return float(np.average(right.all(1) if right.ndim == 2 else right, weights=sample_weight))
 
     def _scores(self, X: Any) -> Float64[np.ndarray, "Q K"]:

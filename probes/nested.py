@@ -109,7 +109,9 @@ def _refit(probe: str, task: Task, head: Any, fitted: Fitted) -> Refit:
     if probe == "linear" and "C" in fitted.choices and getattr(head, "protocol", None) is None:
         from probes.linear import kind_of, logistic_head
 
-        chosen = np.array(list(fitted.choices["C"].values()))
+        by_label = fitted.choices["C"]
+        names = list(by_label) if task.kind == "multiclass" else task.labels
+        chosen = np.array([by_label.get(name, min(by_label.values())) for name in names])  # any of a label not fitted
         grid, index = np.unique(chosen, return_inverse=True)
 
         def logistic(X: np.ndarray, y: np.ndarray, mask: np.ndarray, queries: np.ndarray) -> np.ndarray:

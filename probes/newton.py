@@ -247,7 +247,7 @@ def _solve_batch(
 ) -> None:
     num_labels = len(y)
     theta = torch.cat([result.unknowns, result.intercept[..., None]], 2)
-    start = torch.cat([_start(theta, C.log(), number, known) for number in numbers])  # (numbers * L, n + 1)
+    start = torch.cat([start_of(theta, C.log(), number, known) for number in numbers])  # (numbers * L, n + 1)
     label = torch.arange(num_labels).repeat(len(numbers))
     column = torch.tensor(numbers).repeat_interleave(num_labels)
     scaled = weights[label] * C[column, None]
@@ -256,7 +256,7 @@ def _solve_batch(
     result.objective[label, column], result.converged[label, column] = objective, converged
 
 
-def _start(theta: Tensor, position: Tensor, number: int, known: list[int]) -> Tensor:
+def start_of(theta: Tensor, position: Tensor, number: int, known: list[int]) -> Tensor:
     """Lagrange's polynomial through the nearest known solutions, two beside the grid's end and four inside."""
     if not known:
         return theta[:, number]

@@ -4,6 +4,7 @@ Rows that find them were scored by a head that was not fitted on them: validatio
 or, after a refit, out of fold. A row whose patient is also in train or test (a leak that was allowed) finds nothing.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from probes.paired import FEW
 from probes.selection import Fitted
 from probes.tasks import Task
 from probes.thresholds import DECISIONS, Scored, fit_thresholds, optimistic_youden
+from probes.unfitted import unfitted_labels
 
 ROUNDING = 1e-6  # a vote's or a softmax's sum may leave [0, 1] by its rounding
 PROPERTIES = ("ece", "ece_mass", "brier")
@@ -103,7 +105,7 @@ def operating(
     used = held.test.mask.any(1)
     draws = Draws.of(np.array(held.test.groups)[used], num_resamples=resamples, seed=seed)
     found: dict[str, Any] = {}
-    notes = list(scarce(held.test, task.features.manifest.meta["groups_known"]))
+    notes = list(scarce(held.test, task.features.manifest.meta["groups_known"], unfitted_labels(task)))
     if held.left_out:
         notes.append(
             f"{held.left_out} validation rows find no threshold or temperature: their patients are in train or test too"
@@ -177,8 +179,11 @@ def _with_scores(scored: Scored, scores: Float[np.ndarray, "N L"]) -> Scored:
     return Scored(scored.y, scores, scored.mask, scored.ids, scored.groups, scored.labels)
 
 
-def scarce(test: Scored, groups_known: bool) -> tuple[str, ...]:
-    """Warnings of test rows too few to rely on: under 20 patients, or positives or negatives of a label."""
+def scarce(test: Scored, groups_known: bool, left_out: Collection[str] = ()) -> tuple[str, ...]:
+    """Warnings of test rows too few to rely on: under 20 patients, or positives or negatives of a label.
+
+    Labels that were left out altogether have no interval to warn of.
+    """
     found = []
     patients = len(set(np.array(test.groups)[test.mask.any(1)].tolist()))
     if patients < FEW:
@@ -187,6 +192,7 @@ def scarce(test: Scored, groups_known: bool) -> tuple[str, ...]:
     counts = [
         (label, int(((test.y[:, number] == 1) & rows).sum()), int(rows.sum()))
         for number, (label, rows) in enumerate(zip(test.labels, test.mask.T))
+        if label not in left_out
     ]
     for what, few in (
         ("positives", [f"{label} ({count})" for label, count, _ in counts if count < FEW]),

@@ -394,6 +394,8 @@ def _few(per_label: list[dict[str, Any]], num_groups: int) -> list[str]:
     if num_groups < FEW:
         found.append(f"only {num_groups} patients: fewer than {FEW}, intervals and p-values are unreliable")
     for entry in per_label:
+        if not entry["n"]:  # not fitted, or blank throughout
+            continue
         numbers = {"patients": entry["patients"]}
         if "positives" in entry:
             negatives = entry["n"] - entry["positives"]

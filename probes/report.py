@@ -13,6 +13,7 @@ from probes.units import PLURALS
 Table = tuple[str, list[str], list[list[str]]]
 FINETUNE = "finetune"
 BASELINE = "baseline:"  # with which the probe of a baseline begins
+NESTED = "[95%] + training"  # heading of intervals that hold the chance of the training patients too
 DECIDES_NOTHING = f"{BASELINE}chance"  # one score for all: whatever it seems to decide is an accident of the threshold
 # Metrics of a table by kind of task: (name in the record, heading); the first one ranks, by validation.
 CLASSES = (
@@ -47,6 +48,7 @@ def protocol_key(record: dict[str, Any]) -> tuple[Any, ...]:
         geometry,
         record["task"]["unit"],
         record["task"].get("pool"),
+        tuple(record["task"].get("not_fitted", ())),  # whose macro is over other labels
         # An option that was not given stands for its default, also in records from before there was one.
         tuple(sorted((item for item in record["config"]["head"].items() if _counts(*item)), key=str)),
         evaluation["resamples"],
@@ -63,7 +65,8 @@ def baseline_key(record: dict[str, Any]) -> tuple[Any, ...]:
     """What a baseline must have in common with the records that it is shown with: what is counted, and where."""
     task = record["task"]
     tested = record["test"]["dataset"] if "test" in record else ""
-    return record["dataset"], tested, task["digest"], task["kind"], task["unit"], task.get("pool")
+    left_out = tuple(task.get("not_fitted", ()))
+    return record["dataset"], tested, task["digest"], task["kind"], task["unit"], task.get("pool"), left_out
 
 
 def _counts(option: str, value: Any) -> bool:
@@ -79,6 +82,18 @@ def with_interval(value: Any, interval: dict[str, Any] | None) -> str:
     if not interval or interval["low"] is None:
         return f"{number:.3f}"
     return f"{number:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+
+
+def interval_alone(interval: dict[str, Any] | None) -> str:
+    """`[0.965, 0.993]`, or a dash where there is none."""
+    if not interval or interval["low"] is None:
+        return "-"
+    return f"[{interval['low']:.3f}, {interval['high']:.3f}]"
+
+
+def nested_of(record: dict[str, Any]) -> dict[str, Any]:
+    """The intervals over heads that were fitted again on resampled training patients (`--train-resamples`); or none."""
+    return dict(record["metrics"]["test"].get("intervals_nested", {}))
 
 
 def describe_choice(record: dict[str, Any]) -> str:
@@ -145,18 +160,22 @@ def macro_table(records: list[dict[str, Any]], baselines: Sequence[dict[str, Any
     anyone = [*records, *baselines][0]
     metrics = metrics_of(anyone)
     first = metrics[0][1]
-    columns = ["set", "features", f"val {first}", f"test {first} [95%]", *(heading for _, heading in metrics[1:])]
+    resampled = any(nested_of(record) for record in records)
+    columns = ["set", "features", f"val {first}", f"test {first} [95%]", *([NESTED] if resampled else [])]
+    columns += [heading for _, heading in metrics[1:]]
     rows = []
     for record in [*ranked(records), *baselines]:
         test = record["metrics"]["test"]
         intervals = test.get("intervals", {}).get("macro", {})
         shown = metrics[:2] if record["probe"] == DECIDES_NOTHING and metrics is CLASSES else metrics
+        values = [with_interval(test["macro"][name], intervals.get(name)) for name, _ in shown]
+        nested = [interval_alone(nested_of(record).get("macro", {}).get(metrics[0][0]))] if resampled else []
         rows.append(
             [
                 set_of(record),
                 record["features"],
                 with_interval(record["metrics"]["val"]["macro"][metrics[0][0]], None),
-                *(with_interval(test["macro"][name], intervals.get(name)) for name, _ in shown),
+                *[values[0], *nested, *values[1:]],
                 *("-" for _ in metrics[len(shown) :]),
                 describe_choice(record),
                 str(record["num_failed"]),
@@ -169,19 +188,24 @@ def label_table(record: dict[str, Any]) -> Table:
     """One row a label, class or target of one record."""
     test, metrics = record["metrics"]["test"], metrics_of(record)
     intervals = {item["label"]: item for item in test.get("intervals", {}).get("per_label", [])}
+    nested = {item["label"]: item for item in nested_of(record).get("per_label", [])}
     counts = ("positives", "n") if metrics is CLASSES else ("n",)
     rows = []
     for item in test["per_label"]:
         bounds = intervals.get(item["label"], {})
         values = [with_interval(item[name], bounds.get(name)) for name, _ in metrics]
+        if nested:
+            values.insert(1, interval_alone(nested.get(item["label"], {}).get(metrics[0][0])))
         rows.append([item["label"], *(str(item[name]) for name in counts), *values])
     title = f"{record['set'].split('/', 1)[1]} · {record['features']}, by label (test)"
-    return title, ["label", *counts, f"{metrics[0][1]} [95%]", *(heading for _, heading in metrics[1:])], rows
+    first = [f"{metrics[0][1]} [95%]", *([NESTED] if nested else [])]
+    return title, ["label", *counts, *first, *(heading for _, heading in metrics[1:])], rows
 
 
 def sensitivity_table(records: list[dict[str, Any]]) -> Table:
     """One row a training policy: macro AUROC on the same test rows, and its paired difference to the task's own."""
     rows = []
+    resampled = any(nested_of(record) for record in records)
     for record in records:
         entry, test = record["sensitivity"], record["metrics"]["test"]
         own = entry["policy"] == entry["reference"]
@@ -193,13 +217,15 @@ def sensitivity_table(records: list[dict[str, Any]]) -> Table:
                 str(record["task"]["splits"]["train"]),
                 with_interval(record["metrics"]["val"]["macro"]["auroc"], None),
                 auroc,
+                *([interval_alone(nested_of(record).get("macro", {}).get("auroc"))] if resampled else []),
                 difference,
                 describe_choice(record),
             ]
         )
     first = records[0]
     title = f"training policies · {title_of(first)} · {set_of(first)} · {first['features']}"
-    return title, ["policy", "train", "val AUROC", "test AUROC [95%]", "difference [95%]", "chosen"], rows
+    aurocs = ["val AUROC", "test AUROC [95%]", *([NESTED] if resampled else [])]
+    return title, ["policy", "train", *aurocs, "difference [95%]", "chosen"], rows
 
 
 def sensitivity_tables(records: list[dict[str, Any]]) -> list[tuple[Table, list[str]]]:
@@ -226,8 +252,8 @@ def notes_of(records: list[dict[str, Any]]) -> list[str]:
     for record in records:
         for note in [*record["task"]["notes"], *record["notes"]]:
             found[note] = None
-        skipped = record["metrics"]["test"]["skipped"]
-        if skipped and metrics_of(record) is CLASSES:
+        skipped = record["metrics"]["test"]["skipped"] - len(record["task"].get("not_fitted", ()))
+        if skipped > 0 and metrics_of(record) is CLASSES:
             found[f"{skipped} labels have one class in the test split and no AUROC; the macro leaves them out"] = None
         elif skipped:
             found[f"{skipped} targets have one value in the test split; the macro leaves them out"] = None
@@ -237,6 +263,13 @@ def notes_of(records: list[dict[str, Any]]) -> list[str]:
             )
         if record["num_failed"]:
             found[f"{record['set']}: {record['num_failed']} images failed and are left out"] = None
+    counts = sorted({nested_of(record)["train_resamples"] for record in records if nested_of(record)})
+    if counts:
+        found[
+            f"{NESTED}: of the same, over heads fitted again on {' or '.join(map(str, counts))} resamples of the "
+            "training patients with the strength that was chosen, each scored on test resamples of its own; the record "
+            "has it of every metric"
+        ] = None
     if any(describe_choice(record).endswith("*") for record in records):
         found["* chosen at the edge of the grid: a wider grid could be better"] = None
     opened = max(record["test_opened"] for record in records)

@@ -64,6 +64,11 @@ def stored_vector(features: FeatureSet, row: int, parts: list[str]) -> Float[np.
         TaskError: the row has none, because its image failed. IncompleteError: it is not extracted yet.
     """
     vector = np.concatenate([np.asarray(features.array(name)[row]).astype(np.float32).reshape(-1) for name in parts])
+    if not vector.any():
+        raise TaskError(
+            f"the features of {features.manifest.column('id')[row]!r} are zero and have no direction to search in; ask "
+            "for another sample"
+        )
     if not np.isfinite(vector).all():
         raise TaskError(
             f"{features.manifest.column('id')[row]} failed ({features.failures.get(row, 'unknown')}) and has no "
@@ -132,6 +137,13 @@ def _bank(
         raise TaskError(
             f"features {name!r} are {values.shape[1:]} a sample and the query has {len(query)}; search takes vectors: "
             "cls, mean_patch, cls+mean_patch or layers/K/cls"
+        )
+    zero = rows[~values[rows].any(1)]
+    if len(zero):
+        raise TaskError(
+            f"the features of {len(zero)} samples of {features.name} are zero, such as those of "
+            f"{features.manifest.column('id')[zero[0]]!r}, and have no direction to be near to; leave them out with "
+            "--where, or import features without them"
         )
     return unit_rows(values[rows])
 

@@ -155,3 +155,17 @@ def crossing_groups(role: np.ndarray, groups: np.ndarray) -> list[str]:
     for group, _ in pairs:
         seen[group] = seen.get(group, 0) + 1
     return sorted(group for group, count in seen.items() if count > 1)
+
+
+def drop_rows(
+    role: np.ndarray, train: Bool[np.ndarray, " N"], evaluation: Bool[np.ndarray, " N"]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Roles without the rows that a policy leaves out, and how many those are."""
+    notes = []
+    is_train = role == "train"
+    for where, dropped in ((is_train, train), (~is_train & (role != ""), evaluation)):
+        for name in SPLITS:
+            count = int((where & dropped & (role == name)).sum())
+            if count:
+                notes.append(f"{name}: {count} rows with an uncertain label left out")
+    return np.where((is_train & train) | (~is_train & evaluation), "", role), tuple(notes)

@@ -272,11 +272,14 @@ def read_views(
     """The rows of some splits as the first `count` augmented copies of the set have them, in view order.
 
     Raises:
+        TaskError: imported features, of which no views can be made.
         IncompleteError: too few are stored, or a copy lacks rows; the message says how to make them.
     """
     plain = task.features
     found = views_of(Store(plain.folder.parent.parent.parent), plain, protocol.augment)
     needs = plain.parts(features)
+    if len(found) < count and plain.spec["weights"]["kind"] == "imported":
+        raise TaskError(f"{plain.name} holds imported features, which have no augmented views; leave --views out")
     if len(found) < count:
         raise IncompleteError(
             f"{plain.name} has {len(found)} complete augmented views ({protocol.augment}) of {count} asked for; run\n"

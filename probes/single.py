@@ -1,36 +1,39 @@
 """One strength, few labels: Newton's method with conjugate gradients, the features read a few dozen times in all.
 
-A factor of the Hessian, or the features' eigenbasis, costs more than a single fit may. Here the leading directions of
-the features (`Leading`, a random sketch; Halko, Martinsson and Tropp 2011) are found once. In them alone a problem is
-solved first, by dense Newton steps; from there the steps of the whole problem are found by conjugate gradients, which
-the same directions precondition: exact inside, the mean curvature outside. Where the leading directions are all there
-are, the dense steps are the whole solution. The gap to the optimum is predicted by Newton's decrement.
+A factor of the Hessian, or the features' eigenbasis, costs more than a single fit may. Few columns are solved by dense
+steps, few rows through their products (`probes.dual`). Otherwise the leading directions of the features (`Leading`, a
+random sketch; Halko, Martinsson and Tropp 2011) are found once. In them alone a problem is solved first, by dense
+Newton steps; from there the steps of the whole problem are found by conjugate gradients, which the same directions
+precondition: exact inside, the mean curvature outside. The gap to the optimum is predicted by Newton's decrement.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import softplus
 
+from probes.descent import RowLosses, State, Step
+from probes.dual import DualProblem
 from probes.eigenbasis import CACHED, moments
 from probes.workers import Workers
 
-DENSE = 128  # directions, and rows or columns, up to which dense steps solve the whole problem
+DENSE = 128  # columns up to which dense steps solve the whole problem
+ROWS = 448  # rows up to which it is solved through their products
+DUAL_PRODUCTS = 200  # with the products of the rows in a fit; half of them, and what each costs beside them
 RANK = 64
 SAMPLE = 2048  # rows in which the leading directions are looked for
 SINGLE_CURVATURE = 1e6  # trace of the Hessian's largest part up to which float32 is enough
 EXACT_NUMBERS = 1 << 17  # features up to which float64 costs nothing
 HAND_OVER = 1 << 20  # features that are worth waking another thread for
 ROUGH = 1e-2  # gap, relative to the loss, at which the whole problem takes over from the leading directions
-BEFORE_LAST = 3e-6  # gap before the last step, which squares what is left of it
+BEFORE_LAST = 2e-5  # gap before the last step, which squares it
+EXACT = 6e-8  # gap that conjugate gradients may leave
 PASSES = 40  # of the features in a fit, about
-MAX_STEPS = 60
 MAX_PRODUCTS = 300
-MAX_CUTS = 25
 NEGLIGIBLE = 1e-2  # rows whose curvature is below this part of the mean are left out of products with the Hessian
 FEW = 0.6  # share of rows below which copying the others pays
 SEED = 0
@@ -47,63 +50,34 @@ class Singles:
     objective: Float[np.ndarray, " L"]
 
 
-@dataclass
-class _State:
-    """Where a problem stands: weights (D,), intercept, logits (N,), loss, residuals and curvature of the rows (N,)."""
-
-    w: Tensor
-    b: float
-    logits: Tensor
-    loss: float
-    residual: Tensor
-    curvature: Tensor
-
-
-@dataclass(frozen=True)
-class _Step:
-    """Direction of the weights, of the intercept and of the logits; slope along it; decrement g'H^-1 g."""
-
-    w: Tensor
-    b: float
-    logits: Tensor
-    slope: float
-    decrement: float
-
-
 class Leading:
-    """T (N, r) = Z V for orthonormal V (D, r), the leading directions of Z; `whole`: nothing of Z lies outside."""
+    """T (N, r) = Z V for orthonormal V (D, r), the leading directions of Z; few columns are all their own."""
 
     def __init__(self, Z: Tensor) -> None:
         num_rows, width = Z.shape
-        self.whole = min(Z.shape) <= DENSE
         self.V: Tensor | None = None
         if width <= DENSE:
             self.T = Z
             return
-        if self.whole:
-            squares, axes = torch.linalg.eigh((Z @ Z.T).double())
-            keep = squares > squares[-1] * num_rows * torch.finfo(Z.dtype).eps
-            basis = Z.T @ (axes[:, keep] / squares[keep].sqrt()).to(Z.dtype)
-            self.V = torch.linalg.qr(basis.flip(1)).Q
-            self.T = Z @ self.V
-            return
         random = torch.Generator().manual_seed(SEED)
         part = Z if num_rows <= SAMPLE else Z[torch.randperm(num_rows, generator=random)[:SAMPLE]]
-        mixed = torch.randn(RANK, len(part), generator=random, dtype=Z.dtype) @ part
+        mixed = torch.rand(RANK, len(part), generator=random, dtype=Z.dtype).sub_(0.5) @ part
         self.V = torch.linalg.qr(part.T @ (part @ torch.linalg.qr(mixed.T).Q)).Q
         self.T = Z @ self.V
         length = torch.linalg.vector_norm(Z, dim=1).square_()
         self.outside = (length - torch.linalg.vector_norm(self.T, dim=1).square_()).clamp_min_(0)
 
-    def weights(self, inside: Tensor) -> Tensor:
-        return inside if self.V is None else self.V @ inside
+
+def _few_rows(num_rows: int, width: int) -> bool:
+    return num_rows <= ROWS and width > DENSE
 
 
 def is_cheaper(num_rows: int, width: int, num_labels: int, other: float) -> bool:
     """Whether single fits take fewer multiplications than `other` ways; theirs wait for memory, four times as long."""
-    narrow = min(num_rows, width)
-    if narrow <= DENSE:
+    if min(num_rows, width) <= DENSE:
         return True
+    if _few_rows(num_rows, width):
+        return num_labels * DUAL_PRODUCTS * num_rows**2 <= other
     return num_labels * 4 * PASSES * 2 * num_rows * width <= other
 
 
@@ -120,84 +94,57 @@ def solve_singles(
     mean, deviation = moments(X)
     scale = deviation if standardize else np.ones_like(mean)
     scaled_weights = weights * C
-    Z = _centred(X, mean, scale, float(scaled_weights.sum(1).max()))
-    leading = Leading(Z)
+    spread = float(np.square(deviation).mean() / np.square(scale).mean())  # mean square of what the problem sees
+    few = _few_rows(*X.shape)
+    fine = few or X.size <= EXACT_NUMBERS or float(scaled_weights.sum(1).max()) / 4 * spread > SINGLE_CURVATURE
+    Z = _centred(X, mean, scale, np.float64 if fine else np.float32)
+    problem = DualProblem(Z, workers) if few else _Columns(Z, workers)
     coef, intercept, objective = np.empty((X.shape[1], len(y))), np.empty(len(y)), np.empty(len(y))
     for label in range(len(y)):
-        problem = _Problem(Z, leading, y[label], scaled_weights[label].to(Z.dtype), workers)
-        state = problem.solve()
-        if state is None:
+        found = problem.solve(y[label], scaled_weights[label])
+        if found is None:
             return None
-        coef[:, label], intercept[label], objective[label] = state.w.numpy(), state.b, state.loss
+        w, intercept[label], loss = found
+        coef[:, label] = w.numpy()
+        objective[label] = loss + float(coef[:, label] @ coef[:, label]) / 2
     return Singles(mean, scale, coef, intercept, objective)
 
 
-def _centred(X: np.ndarray, mean: np.ndarray, scale: np.ndarray, weight: float) -> Tensor:
-    """(X - mean) / scale, float32 where that is enough; what rounding leaves of a mean, the intercept absorbs."""
+def _centred(X: np.ndarray, mean: np.ndarray, scale: np.ndarray, dtype: type[np.floating[Any]]) -> Tensor:
+    """(X - mean) / scale; what rounding leaves of a mean, the intercept absorbs."""
     num_rows, width = X.shape
-    mean_square = np.square(X[:SAMPLE] - mean.astype(X.dtype)).mean() / np.square(scale).mean() * width
-    fine = X.size <= EXACT_NUMBERS or weight / 4 * mean_square > SINGLE_CURVATURE * width
     # In the features' own precision: a subtraction of near numbers has no rounding to speak of.
-    working = np.promote_types(X.dtype, np.float64 if fine else np.float32)
-    shift, factor = mean.astype(working), (1 / scale).astype(working)
-    result = np.empty(X.shape, np.float64 if fine else np.float32)
+    working = np.promote_types(X.dtype, dtype)
+    result = np.empty(X.shape, dtype)
+    shift, factor = mean.astype(working), (1 / scale).astype(result.dtype)
     step = max(1, CACHED // max(1, width))
     for first in range(0, num_rows, step):
         part = result[first : first + step]
         np.subtract(X[first : first + step], shift, out=part, casting="same_kind")
-        part *= factor.astype(part.dtype)
+        part *= factor
     return torch.from_numpy(result)
 
 
-class _Problem:
-    """0.5 |w|^2 + sum of weight * logistic loss, over the rows of Z (N, D)."""
+class _Columns:
+    """0.5 |w|^2 + the rows' losses, over the rows of Z (N, D)."""
 
-    def __init__(self, Z: Tensor, leading: Leading, y: Tensor, weight: Tensor, workers: Workers) -> None:
-        self.Z, self.leading, self.weight, self.workers = Z, leading, weight, workers
-        self.sign = (1 - 2 * y).to(Z.dtype)
-        self.start = float(torch.log((weight * y).sum() / (weight * (1 - y)).sum()))
-        self.noise = 4 * torch.finfo(Z.dtype).eps
+    def __init__(self, Z: Tensor, workers: Workers) -> None:
+        self.Z, self.leading, self.workers = Z, Leading(Z), workers
 
-    def solve(self) -> _State | None:
-        T, whole = self.leading.T, self.leading.whole
-        logits = torch.full((len(T),), self.start, dtype=T.dtype)
-        state = self._at(T.new_zeros(T.shape[1]), self.start, logits)
-        reached = self._descend(state, lambda now: self._dense_step(T, now), BEFORE_LAST if whole else ROUGH)
-        inside = state.w
-        state.w = self.leading.weights(inside)
-        if not whole:
-            reached = self._descend(state, self._sparse_step, BEFORE_LAST)
-        return state if reached else None
+    def solve(self, y: Tensor, weight: Tensor) -> tuple[Tensor, float, float] | None:
+        """(weights (D,), intercept, the rows' loss)."""
+        T, V = self.leading.T, self.leading.V
+        losses = RowLosses(y, weight.to(T.dtype))
+        state, reached = losses.descend(
+            losses.start(T.shape[1]), lambda now: self._dense_step(T, now), BEFORE_LAST if V is None else ROUGH
+        )
+        if V is not None:
+            inside = replace(state, unknowns=V @ state.unknowns)
+            state, reached = losses.descend(inside, self._sparse_step, BEFORE_LAST)
+        return (state.unknowns, state.b, state.loss - state.square / 2) if reached else None
 
-    def _at(self, w: Tensor, b: float, logits: Tensor) -> _State:
-        margin = self.sign * logits
-        loss = float((self.weight * softplus(margin)).sum(dtype=torch.float64)) + float(w.double() @ w.double()) / 2
-        wrong = self.weight * torch.sigmoid(margin)
-        return _State(w, b, logits, loss, wrong * self.sign, wrong * margin.neg_().sigmoid_())
-
-    def _descend(self, state: _State, step_of: Callable[[_State], _Step], tolerance: float) -> bool:
-        """Steps with backtracking, in place, until the gap before the last one is below `tolerance` of the loss."""
-        for _ in range(MAX_STEPS):
-            step = step_of(state)
-            if not step.slope < 0:
-                return step.decrement / 2 <= tolerance * state.loss
-            length = 1.0
-            for _ in range(MAX_CUTS):
-                new = self._at(
-                    state.w + length * step.w, state.b + length * step.b, state.logits + length * step.logits
-                )
-                if new.loss <= state.loss * (1 + self.noise) + 1e-4 * length * step.slope:
-                    break
-                length /= 2
-            else:
-                return False
-            state.__dict__.update(new.__dict__)
-            if step.decrement / 2 <= tolerance * state.loss:
-                return True
-        return False
-
-    def _dense_step(self, T: Tensor, state: _State) -> _Step:
-        gradient, of_b = state.w + T.T @ state.residual, float(state.residual.sum())
+    def _dense_step(self, T: Tensor, state: State) -> Step:
+        gradient, of_b = state.unknowns + T.T @ state.residual, float(state.residual.sum())
         total = max(float(state.curvature.sum()), 1e-30)
         weighted = T * state.curvature[:, None]
         mean = weighted.sum(0) / total
@@ -206,17 +153,18 @@ class _Problem:
         reduced = gradient - mean * of_b
         w = -torch.cholesky_solve(reduced[:, None], factor)[:, 0]
         b = -of_b / total - float(mean @ w)
-        return _Step(w, b, T @ w + b, float(gradient @ w) + of_b * b, of_b * of_b / total - float(reduced @ w))
+        slope, decrement = float(gradient @ w) + of_b * b, of_b * of_b / total - float(reduced @ w)
+        return Step(w, b, T @ w, float(state.unknowns @ w), float(w @ w), slope, decrement)
 
-    def _sparse_step(self, state: _State) -> _Step:
+    def _sparse_step(self, state: State) -> Step:
         """Conjugate gradients on the rows that have curvature."""
         Z, T, outside, s = self.Z, self.leading.T, self.leading.outside, state.curvature
         V = self.leading.V
         assert V is not None
-        gradient, of_b = state.w + self._sum(Z, state.residual), float(state.residual.sum())
+        gradient, of_b = state.unknowns + self._sum(Z, state.residual), float(state.residual.sum())
         active = (s > NEGLIGIBLE * s.mean()).nonzero()[:, 0]
         if len(active) < FEW * len(s):
-            Z, T, outside, s = Z[active], T[active], outside[active], s[active]
+            Z, T, outside, s = (part.index_select(0, active) for part in (Z, T, outside, s))
         total = max(float(s.sum()), 1e-30)
         mean = self._sum(Z, s) / total
         weighted = T * s[:, None]
@@ -235,7 +183,8 @@ class _Problem:
         reduced = gradient - mean * of_b
         w, energy = _conjugate_gradients(multiply, precondition, -reduced, state.loss)
         b = -of_b / total - float(mean @ w)
-        return _Step(w, b, self._times(w) + b, float(gradient @ w) + of_b * b, energy + of_b * of_b / total)
+        slope, decrement = float(gradient @ w) + of_b * b, energy + of_b * of_b / total
+        return Step(w, b, self._times(w), float(state.unknowns @ w), float(w @ w), slope, decrement)
 
     def _times(self, w: Tensor) -> Tensor:
         result = torch.empty(len(self.Z), dtype=w.dtype)
@@ -252,6 +201,8 @@ class _Problem:
 
     def _sums(self, Z: Tensor, factor: Callable[[slice], Tensor]) -> Tensor:
         """Sum of the rows, each times its factor."""
+        if _piece(Z) == len(Z):
+            return Z.T @ factor(slice(None))
         total = Z.new_zeros(Z.shape[1])
         for part in self.workers.map_blocks(lambda rows: Z[rows].T @ factor(rows), len(Z), _piece(Z)):
             total += part
@@ -287,7 +238,7 @@ def _conjugate_gradients(
     p, product = z.clone(), float(left @ z)
     first, energy = product, 0.0
     # Eisenstat and Walker 1996: the step need not be more exact than Newton's model is.
-    enough = max(min(0.01, first / max(loss, 1e-300)) * first, 0.02 * BEFORE_LAST * loss)
+    enough = max(min(0.01, first / max(loss, 1e-300)) * first, EXACT * loss)
     for _ in range(MAX_PRODUCTS):
         Ap = multiply(p)
         length = product / max(float(p @ Ap), 1e-300)

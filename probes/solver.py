@@ -13,6 +13,7 @@ from probes.newton import STRIDE, Columns, Kernel, System, products, solve_path
 from probes.objectives import BinaryProblems, Objective, Rows, SoftmaxProblems
 from probes.polish import certify, polish
 from probes.single import is_cheaper, solve_singles
+from probes.softmax import fits, follow
 from probes.workers import Workers
 
 # Gap to the optimum that a solved problem may have by its own estimate, relative to its loss.
@@ -21,6 +22,7 @@ EASY_ITERATIONS = 16
 EASY_BACKTRACKS = 4
 SLACK = 1e8  # multiplications that the calls of the other way cost
 SMALL = 1e8  # rows * problems * width up to which everything runs in float64
+DIRECT = 1.5e6  # rows * classes * width up to which a softmax needs no batch: its calls take longer than its passes
 BATCH_BYTES = 1 << 30  # state of the problems solved at once
 
 
@@ -138,13 +140,31 @@ def solve_softmax(
 def minimise(objective: Objective, start: Tensor) -> Solved:
     """Minimise all problems of an objective from `start` (problems, K, d), float64, centred over classes."""
     num_problems, heads, width = start.shape
-    exact = len(objective.rows) * num_problems * heads * width <= SMALL
     W, loss = start.clone(), torch.zeros(num_problems, dtype=torch.float64)
     converged = torch.zeros(num_problems, dtype=torch.bool)
+    alone = isinstance(objective, SoftmaxProblems) and fits(objective)
+    if not alone or len(objective.rows) * heads * width > DIRECT:
+        _solve_easy(objective, W, loss, converged)
+    if isinstance(objective, SoftmaxProblems) and alone:
+        follow(objective, W, loss, converged)
+    else:
+        polish(objective, W, loss, converged, tolerance=TOLERANCE[torch.float64])
+    num_C = len(objective.C)
+    return Solved(
+        W.view(-1, num_C, heads, width).transpose(0, 1).numpy(),
+        (loss / objective.ridge).view(-1, num_C).T.numpy(),
+        converged.view(-1, num_C).T.numpy(),
+    )
+
+
+def _solve_easy(objective: Objective, W: Tensor, loss: Tensor, converged: Tensor) -> None:
+    """Batched L-BFGS as far as it goes; W (problems, K, d), loss and converged (problems,) are changed in place."""
+    num_problems, heads, width = W.shape
+    exact = len(objective.rows) * num_problems * heads * width <= SMALL
     at_once = max(1, BATCH_BYTES // (22 * 8 * heads * width))
     for first in range(0, num_problems, at_once):
         which = torch.arange(first, min(first + at_once, num_problems))
-        begin = start[which] if exact else start[which].float()
+        begin = W[which] if exact else W[which].float()
         result = solve(
             objective,
             begin,
@@ -160,10 +180,3 @@ def minimise(objective: Objective, start: Tensor) -> Solved:
         if len(done):
             # What float32 has solved it can also certify: the gradient's rounding is far below what is asked of it.
             loss[done], converged[done] = certify(objective, W[done].to(begin.dtype), done)
-    polish(objective, W, loss, converged, tolerance=TOLERANCE[torch.float64])
-    num_C = len(objective.C)
-    return Solved(
-        W.view(-1, num_C, heads, width).transpose(0, 1).numpy(),
-        (loss / objective.ridge).view(-1, num_C).T.numpy(),
-        converged.view(-1, num_C).T.numpy(),
-    )

@@ -23,9 +23,10 @@ from featstore.store.catalog import Entry, Store
 from featstore.store.features import FeatureSet
 from probes import BASELINES, PROBES
 from probes.answers import Answer, find, keep
-from probes.baselines import METADATA, BaselineConfig, baseline_task, columns_for
+from probes.baselines import METADATA, BaselineConfig, baseline_task, choose_columns, columns_for
 from probes.configs import EvalConfig, TaskConfig
 from probes.evaluation import Job, evaluate_one, times_opened
+from probes.labels import label_columns
 from probes.sets import PATCHES, choose_features, complete_sets, with_token_mean
 from probes.suite_config import SuiteConfig
 from probes.tasks import Task, choose_task, make_task
@@ -41,7 +42,7 @@ CONFIGS = {
     "mil": "probes.trained_config:MilConfig",
 }
 # Raised where a probe, or the reading of tasks, gives other numbers for the same options; 1 where nothing is said.
-IMPLEMENTATION: dict[str, int] = {"tasks": 1, **dict.fromkeys(CONFIGS, 1)}
+IMPLEMENTATION: dict[str, int] = {"tasks": 2, **dict.fromkeys(CONFIGS, 1)}
 # Options that say which sets and features there are, not what is computed of one.
 SELECTION = ("model", "features", "manifest", "results")
 NUMBERS = {"fewshot": "few-shot curves are of labels and classes, not of numbers and ranks"} | {
@@ -103,6 +104,8 @@ def evaluate_all(
     manifest = store.manifest(config.dataset, config.manifest)
     labels = tuple(name.strip() for name in config.labels.split(",") if name.strip())
     spec = choose_task(manifest, task=config.task, labels=labels, where=config.where, reading=reading)
+    if suite.columns:  # before anything is fitted
+        choose_columns(manifest, list(label_columns(spec)), suite.columns)
     sets = with_token_mean(_with_random(store, config), config.features)
     folder = config.results or store.path / "results"
     found = Suite()
@@ -140,7 +143,7 @@ def _with_random(store: Store, config: EvalConfig) -> list[FeatureSet]:
 def head_of(probe: str, suite: SuiteConfig) -> Any:
     """The options that a probe has in one pass."""
     if probe == "fewshot":
-        return resolve_name(CONFIGS[probe])(shots=suite.shots, repeats=suite.repeats)
+        return resolve_name(CONFIGS[probe])(**suite.budgets)
     if probe in BASELINES:
         return BaselineConfig()
     if probe in CONFIGS:

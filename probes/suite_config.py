@@ -1,7 +1,7 @@
 """Options of `probes all`; a field is a flag."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from featstore.errors import ConfigError, UnknownNameError
 from probes import PROBES
@@ -12,8 +12,8 @@ class SuiteConfig:
     """Which probes one pass makes, and beside which baselines."""
 
     probes: Annotated[str, "probes to run, comma-separated; each with its own default options"] = "knn,linear,fewshot"
-    shots: Annotated[str, "few-shot budgets, as in `probes fewshot`"] = "1,2,4,8,16"
-    repeats: Annotated[int, "few-shot draws of each size"] = 100
+    shots: Annotated[str | None, "few-shot budgets, as in `probes fewshot`; default: 1,2,4,8,16"] = None
+    repeats: Annotated[int | None, "few-shot draws of each size; default: 100"] = None
     metadata: Annotated[
         str | None,
         "columns of the metadata baseline: age,sex,view by whatever name the data set has, or any other; '' for none; "
@@ -28,6 +28,17 @@ class SuiteConfig:
         wrong = [name for name in self.names if name not in known]
         if wrong:
             raise UnknownNameError(f"unknown probe {wrong[0]!r}; --probes takes {', '.join(sorted(known))}")
+        for flag, given in (("--shots", self.shots), ("--repeats", self.repeats)):
+            if given is not None and "fewshot" not in self.names:
+                raise ConfigError(f"{flag} belongs to the probe fewshot, which --probes {self.probes} leaves out")
+
+    @property
+    def budgets(self) -> dict[str, Any]:
+        """Options of the few-shot probe."""
+        return {
+            "shots": self.shots if self.shots is not None else "1,2,4,8,16",
+            "repeats": self.repeats if self.repeats is not None else 100,
+        }
 
     @property
     def names(self) -> tuple[str, ...]:

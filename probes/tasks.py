@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Real, Shaped
 
 from featstore import files
-from featstore.datasets.manifest import Manifest
+from featstore.datasets.manifest import COLUMNS, Manifest
 from featstore.errors import LeakError, TaskError, UnknownNameError
 from featstore.store.features import FeatureSet
 from probes.cells import column_cells
@@ -24,7 +24,7 @@ from probes.labels import TargetKind, Targets, blank_rows, check_spec, label_col
 from probes.noise import add_noise
 from probes.policies import named_policy
 from probes.repeats import judge_repeats, repeated_features, repeated_files
-from probes.roles import SPLITS, assign_roles, crossing_groups, group_of, kept_rows, parse_where, split_of
+from probes.roles import SPLITS, assign_roles, crossing_groups, drop_rows, group_of, kept_rows, parse_where, split_of
 from probes.taskspec import Noise, TaskSpec
 from probes.units import Units, unit_ids
 
@@ -51,7 +51,8 @@ def choose_task(
     """The task asked for by name, the one made of `labels`, or the data set's default, read as `reading` says.
 
     Raises:
-        UnknownNameError: no such task or policy. TaskError: the data set has neither labels nor a default task.
+        UnknownNameError: no such task or policy. TaskError: the data set has neither labels nor a default task, or a
+            pool is asked for without a unit of several images.
     """
     filters = parse_where(where) if where else ()
     if labels:
@@ -71,7 +72,14 @@ def choose_task(
             raise TaskError(f"data set {manifest.name!r} has no default task; name label columns with --labels")
     if filters:
         spec = replace(spec, where=(*spec.where, *filters))
-    return spec if reading is None else read_as(spec, reading)
+    if reading is None:
+        return spec
+    spec = read_as(spec, reading)
+    if reading.pool == "mean" and spec.unit == "image":  # of another pool the task itself says so
+        raise TaskError(
+            f"task {spec.name!r}: --pool mean needs a unit of several images; give --unit too, or leave it out"
+        )
+    return spec
 
 
 def read_as(spec: TaskSpec, reading: TaskConfig) -> TaskSpec:
@@ -293,20 +301,20 @@ def _bind(manifest: Manifest, spec: TaskSpec, splits: Sequence[str] = SPLITS) ->
     keep, notes = kept_rows(manifest, spec)
     groups = group_of(manifest)
     if spec.fold is not None:
-        targets = _read(manifest, spec, keep)
+        targets = _read(manifest, spec, keep, splits)
         role, how = fold_roles(manifest, spec, groups, keep, targets)
         # A column of folds may leave rows out, which then make no class.
-        targets = targets if (role != "").sum() == keep.sum() else _read(manifest, spec, role != "")
+        targets = targets if (role != "").sum() == keep.sum() else _read(manifest, spec, role != "", splits)
     else:
         split, more = split_of(manifest, spec)
         role, assigned = assign_roles(split, groups, spec, keep, splits)
-        targets, how = _read(manifest, spec, role != ""), (*more, *assigned)
+        targets, how = _read(manifest, spec, role != "", splits), (*more, *assigned)
     test_key = _test_key(manifest, role)
     labelled, unlabelled = _labelled(manifest, spec, role != "")
     known = labelled.reshape(labelled.shape + (1,) * (targets.mask.ndim - 1))
     targets = replace(targets, mask_train=targets.mask_train & known, mask=targets.mask & known)
-    role, dropped = _drop(role, targets.dropped_train, targets.dropped)
-    notes = (*notes, *how, *without_effect(spec), *unlabelled, *dropped)
+    role, dropped = drop_rows(role, targets.dropped_train, targets.dropped)
+    notes = (*notes, *how, *targets.notes, *without_effect(spec), *unlabelled, *dropped)
     return _Bound(targets, role.astype("U5"), groups, test_key, notes)
 
 
@@ -364,12 +372,21 @@ def make_task(
                 f"task {spec.name!r}: none of the {(role == name).sum()} {name} samples has a label and features; "
                 f"check the labels and `featstore info {features.name}`"
             )
-    return task
+    if "train" not in splits:  # another task's heads are tested on it
+        return task
+    from probes.unfitted import without_unfitted  # which knows what a task is
+
+    return without_unfitted(task)
 
 
-def _read(manifest: Manifest, spec: TaskSpec, used: Bool[np.ndarray, " N"]) -> Targets:
-    """Labels of the rows that are used: what others say neither makes a class nor is an error."""
-    return read_targets({name: column_cells(manifest.table.column(name), used) for name in label_columns(spec)}, spec)
+def _read(manifest: Manifest, spec: TaskSpec, used: Bool[np.ndarray, " N"], splits: Sequence[str]) -> Targets:
+    """Labels of the rows that are used: what others say neither makes a class nor is an error.
+
+    Classes of a known task, or of one that another is tested on, may have no row here; classes that were named must.
+    """
+    named = spec.name not in TASKS or spec.classes != TASKS[spec.name].classes
+    columns = {name: column_cells(manifest.table.column(name), used) for name in label_columns(spec)}
+    return read_targets(columns, spec, every_class=named and "train" in splits)
 
 
 def _with_noise(
@@ -396,6 +413,13 @@ def _with_noise(
 
 def _check_columns(manifest: Manifest, spec: TaskSpec) -> None:
     missing = missing_columns(manifest, spec)
+    names = manifest.table.column_names
+    shadowed = [name for name in label_columns(spec) if name in COLUMNS and f"source_{name}" in names]
+    if shadowed:
+        raise TaskError(
+            f"label {shadowed[0]!r} is the manifest's own column, and that of the table stands in "
+            f"'source_{shadowed[0]}'; name it by that"
+        )
     if not missing:
         return
     if spec.name in TASKS:
@@ -424,20 +448,6 @@ def _labelled(
     blank = blank_rows({name: column_cells(manifest.table.column(name), used) for name in names or label_columns(spec)})
     count = int((blank & used).sum())
     return ~blank, (f"masked: {count} rows that nobody labelled, blank in every label column",) if count else ()
-
-
-def _drop(
-    role: np.ndarray, train: Bool[np.ndarray, " N"], evaluation: Bool[np.ndarray, " N"]
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Roles without the rows that a policy leaves out, and how many those are."""
-    notes = []
-    is_train = role == "train"
-    for where, dropped in ((is_train, train), (~is_train & (role != ""), evaluation)):
-        for name in SPLITS:
-            count = int((where & dropped & (role == name)).sum())
-            if count:
-                notes.append(f"{name}: {count} rows with an uncertain label left out")
-    return np.where((is_train & train) | (~is_train & evaluation), "", role), tuple(notes)
 
 
 def _leaks(

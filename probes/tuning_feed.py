@@ -18,6 +18,7 @@ from featstore.errors import ConfigError
 from featstore.extraction.device import Transfers
 from featstore.extraction.stopping import Stop
 from featstore.images import to_pixels
+from probes.finetune_tasks import contents_digest
 from probes.tuning_activations import Activations, Entry, check_entry, entry_block, frozen_digest
 from probes.tuning_augment import Augmenter, Draws
 from probes.tuning_images import Split
@@ -141,7 +142,9 @@ def cache_activations(
     digest = frozen_digest(trainable, number)
     for name, split in splits.items():
         key = {
-            "images": files.digest([split.images.manifest.digest, split.rows.tolist()]),
+            "images": files.digest(
+                [split.images.manifest.digest, split.rows.tolist(), contents_digest(split.images, split.rows)]
+            ),
             "preprocess": split.images.preprocess.as_dict(),
             "architecture": trainable.architecture.as_dict(),
             "pos_interp": split.images.spec["identity"]["pos_interp"],

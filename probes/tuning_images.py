@@ -6,7 +6,6 @@ few, or decoded in every epoch. No feature that was ever extracted is read.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from featstore.extraction.loader import NO_CONTENT, Batch, Images, Job, check_fi
 from featstore.extraction.plan import Plan
 from featstore.extraction.stopping import Stop
 from featstore.images import PreprocessSpec
+from featstore.objects import Place
 from featstore.store.commits import RowState
 from featstore.store.features import FeatureSet
 from probes.checks import Kind
@@ -83,7 +83,7 @@ class ImageSet(FeatureSet):
         team: Team | None = None,
         *,
         stop: Stop | None = None,
-        folder: Path | None = None,
+        folder: Place | None = None,
     ) -> None:
         """Decode these samples once, into the cache where the run has one, and find those that fail.
 
@@ -108,7 +108,7 @@ class ImageSet(FeatureSet):
             lambda jobs: self.open(jobs, check=False),
             rows,
             # A cache knows what became of its images, and has pixels of no others.
-            Kept(None if self.run.decoded_cache else folder, self.plan.manifest, self.preprocess),
+            Kept(folder, self.plan.manifest, self.preprocess, trusted=not self.run.decoded_cache),
             Failures(self.run, total, before),
             team,
             stop=stop,
@@ -222,7 +222,7 @@ def make_image_task(
     *,
     allow_leak: bool = False,
     stop: Stop | None = None,
-    folder: Path | None = None,
+    folder: Place | None = None,
     splits: Sequence[str] = SPLITS,
 ) -> Task:
     """The task on images: every image that it uses is looked at once, and what fails is left out and counted.

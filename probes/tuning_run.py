@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float64
 
 from featstore import files
 from featstore.backbones.exporting import describe_folder, hub_tensors, write_weights
 from featstore.errors import ConfigError
 from featstore.extraction.stopping import Stop
-from featstore.records import peak_memory_bytes
 from probes.adapters import Adapted
 from probes.finetune_tasks import training_digest
 from probes.roles import SPLITS
@@ -21,6 +19,7 @@ from probes.selection import check_two_classes, macro_quality
 from probes.tasks import Task
 from probes.training import balance
 from probes.tuning_augment import Augmenter
+from probes.tuning_cost import processes_of, reset_peak, run_cost
 from probes.tuning_feed import Feed, PixelFeed, cache_activations
 from probes.tuning_hold import alone
 from probes.tuning_images import Split, kind_of, pool_note, pool_scores, split_images
@@ -75,7 +74,8 @@ class TuningResult:
     """What a run leaves for a record; scores are probabilities of what is counted, images of a unit pooled.
 
     `test_scores` is None where the test split was not to be scored. `weights` is what `featstore extract --weights`
-    takes, None where none were asked for.
+    takes, None where none were asked for. `cost` is of the training, whichever command did it; `asked` is how this one
+    would (`tuning_cost.settings_of`).
     """
 
     val_scores: Float64[np.ndarray, "V L"]
@@ -86,6 +86,7 @@ class TuningResult:
     settings: dict[str, Any]
     notes: tuple[str, ...]
     weights: Path | None
+    asked: dict[str, Any]
 
     @property
     def history(self) -> dict[str, Any]:
@@ -127,8 +128,7 @@ def finetune(
     if options.cache is not None and shard:
         raise ConfigError("--from-cache needs the network whole on every device; leave sharding out")
     model = _make_model(task, adapted, recipe, options)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak(team)
     feeds = _feeds(model, splits, team, recipe, options, augmenter, stop=stop)
     weight = balance(kind, splits["train"].y, splits["train"].mask, len(task.labels)) if recipe.class_weight else None
     truth = task.truth("val")
@@ -146,18 +146,30 @@ def finetune(
             split: pool_scores(task, split, run.scores(splits[split], feeds[split])).astype(np.float64)
             for split in (("val", "test") if options.score_test else ("val",))
         }
-        cost = _cost(model, progress, team)
         weights = export(model, folder, team, options.processor) if options.export else None
     return TuningResult(
         scores["val"],
         scores.get("test"),
         progress,
         model.num_trainable(),
-        cost,
-        {"recipe": recipe.as_dict(), "method": adapted.method, "adapter": adapted.settings, "sharded": shard},
-        (*adapted.notes, *augmenter.notes, *pool_note(task), *_notes(model, data, recipe, team, progress)),
+        run_cost(progress, model.num_trainable()),
+        _settings(recipe, adapted, progress),
+        (*adapted.notes, *augmenter.notes, *pool_note(task), *_notes(model, data, recipe, progress)),
         weights,
+        run.settings,
     )
+
+
+def _settings(recipe: TuningRecipe, adapted: Adapted, progress: Progress) -> dict[str, Any]:
+    """The recipe and the method; what decides about cost alone is what it was trained with, at last."""
+    last = progress.trained_with[-1]
+    return {
+        "recipe": recipe.as_dict() | {"micro": last.get("micro")},
+        "method": adapted.method,
+        "adapter": adapted.settings,
+        "sharded": last.get("sharded"),
+        "checkpointing": last.get("checkpointing"),
+    }
 
 
 def _make_model(task: Task, adapted: Adapted, recipe: TuningRecipe, options: TuningOptions) -> Tuned:
@@ -204,21 +216,9 @@ def _identity(task: Task, adapted: Adapted, recipe: TuningRecipe, options: Tunin
     }
 
 
-def _cost(model: Tuned, progress: Progress, team: Team) -> dict[str, Any]:
-    cuda = team.device.startswith("cuda")
-    return {
-        "trainable_parameters": model.num_trainable(),
-        "seconds": round(progress.seconds, 3),
-        "gpu_seconds": round(progress.seconds * team.world, 3) if cuda else 0.0,
-        "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 3),
-        "peak_memory_bytes": max(team.objects(peak_memory_bytes())),
-        "peak_gpu_memory_bytes": max(team.objects(torch.cuda.max_memory_allocated(team.device))) if cuda else 0,
-        "processes": team.world,
-    }
-
-
-def _notes(model: Tuned, data: Data, recipe: TuningRecipe, team: Team, progress: Progress) -> list[str]:
+def _notes(model: Tuned, data: Data, recipe: TuningRecipe, progress: Progress) -> list[str]:
     found = []
+    world = processes_of(progress)
     if progress.chosen == recipe.epochs and recipe.epochs > 1 and recipe.keep != "last":
         found.append(f"the best epoch is the last of {recipe.epochs}: more epochs could be better")
     if progress.diverged:
@@ -226,11 +226,11 @@ def _notes(model: Tuned, data: Data, recipe: TuningRecipe, team: Team, progress:
     if progress.resumed:
         often = f"{progress.resumed} times" if progress.resumed > 1 else "once"
         found.append(f"went on {often} from a checkpoint")
-    if model.trainable.batch_norm == "train" and (team.world > 1 or recipe.micro is not None):
+    if model.trainable.batch_norm == "train" and (world > 1 or recipe.micro is not None):
         found.append("batch norms take the statistics of each process's part of a batch, which changes with its size")
     left = len(data.train) % recipe.batch
     joins = recipe.batch < len(data.train) and not recipe.drop_last
-    if joins and 0 < left < least_images(model.trainable.batch_norm == "train", team.world):
+    if joins and 0 < left < least_images(model.trainable.batch_norm == "train", world):
         found.append(
             f"the last {left} of an epoch's {len(data.train)} images join the batch before: batch norms that move need "
             "two images on every process"

@@ -20,6 +20,7 @@ from featstore.errors import ConfigError, CorruptError
 
 STATE = "state.json"
 LAST, BEST = "last-", "best-"  # begin the names of the files of tensors
+NOT_KNOWN = "not known"  # device of attempts of which only time and images were kept
 SCHEMA = 1
 PIECE = 8 * 2**20
 TYPES = {
@@ -40,7 +41,8 @@ class Progress:
 
     `epoch` counts those that are finished, with their validation; `step` the steps of the one after. `total` is the sum
     of the losses of that epoch so far and `weight` what it is to be divided by. `best` is what is maximised, `chosen`
-    the epoch it belongs to, from 1. `seconds`, `images` and `steps` are of all attempts together.
+    the epoch it belongs to, from 1. `seconds` and `images` are of all attempts together; `trained_with` has an entry
+    for each way in which they were computed (see `spend`), the one that trained last at the end.
     """
 
     epoch: int = 0
@@ -57,6 +59,24 @@ class Progress:
     seconds: float = 0.0
     images: int = 0
     resumed: int = 0
+    trained_with: list[dict[str, Any]] = field(default_factory=list)
+
+    def spend(self, settings: Mapping[str, Any], seconds: float, used: Mapping[str, float]) -> None:
+        """Count what was trained since the last time, by the settings that it was computed with.
+
+        Args:
+            settings: how, apart from what decides about the result: device, processes, cut of a batch, ...
+            seconds: on the clock.
+            used: `gpu_seconds` to add, and the largest memory so far, in bytes.
+        """
+        images = self.images - sum(each["images"] for each in self.trained_with)
+        same = [each for each in self.trained_with if all(each.get(name) == settings[name] for name in settings)]
+        held = same[0] if same else {**settings, "seconds": 0.0, "images": 0, **dict.fromkeys(used, 0)}
+        for name, value in used.items():
+            held[name] = held[name] + value if name == "gpu_seconds" else max(held[name], value)
+        held |= {"seconds": held["seconds"] + seconds, "images": held["images"] + images}
+        self.seconds += seconds
+        self.trained_with = [each for each in self.trained_with if each is not held] + [held]
 
 
 class Checkpoints:
@@ -95,7 +115,10 @@ class Checkpoints:
         if self.writes:
             self._prune()  # one that ended between its last commit and this would leave files for ever
         known = {each.name for each in fields(Progress)}
-        return Progress(**{name: value for name, value in body["progress"].items() if name in known})
+        found = Progress(**{name: value for name, value in body["progress"].items() if name in known})
+        if found.seconds and not found.trained_with:  # kept by a version that had time and images alone
+            found.trained_with = [{"device": NOT_KNOWN, "seconds": found.seconds, "images": found.images}]
+        return found
 
     def save(
         self,

@@ -1,14 +1,14 @@
 """Images looked through before they are trained on: which can be decoded, and the hashes of their files.
 
-What is found is kept beside the runs, in pieces, so that a survey that was ended goes on, and a finished one takes no
-time again. Images that failed are not kept: they are tried anew, as what they lacked may have been installed since.
+What is found is kept in the store, in pieces, so that a survey that was ended goes on, and a finished one takes no time
+again. Images that failed are tried anew, as what they lacked may have been installed since. Registration knows from the
+pieces which bytes were trained on: files with others become another manifest.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64
@@ -20,6 +20,7 @@ from featstore.errors import CorruptError, FeatstoreError
 from featstore.extraction.loader import Images
 from featstore.extraction.stopping import Stop
 from featstore.images import PreprocessSpec
+from featstore.objects import Place
 from featstore.store.commits import RowState
 from probes.tuning_ranks import Team
 from probes.tuning_watch import Watch, check_asked
@@ -27,7 +28,7 @@ from probes.tuning_watch import Watch, check_asked
 SIZE = 64  # images of a batch
 PIECE = 1024  # images after which a piece is kept,
 PIECE_SECONDS = 30.0  # or seconds
-VERSION = 1  # raised whenever other images would be good, or hashes differ
+VERSION = 2  # raised whenever other images would be good, or hashes differ
 
 Open = Callable[[Sequence[Int64[np.ndarray, "..."]]], AbstractContextManager[Images]]
 
@@ -35,39 +36,75 @@ Open = Callable[[Sequence[Int64[np.ndarray, "..."]]], AbstractContextManager[Ima
 class Kept:
     """Good images of a manifest under one preprocessing, row -> hash of the file, as sealed files in a folder.
 
-    A piece names its rows, so that any number of processes and of tasks add to it.
+    A piece names its rows, so that any number of processes and of tasks add to it. `featstore.store.hashes` reads them
+    too. `trusted`: what is kept need not be looked at again.
     """
 
-    def __init__(self, folder: Path | None, manifest: Manifest, preprocess: PreprocessSpec) -> None:
+    def __init__(
+        self, folder: Place | None, manifest: Manifest, preprocess: PreprocessSpec, *, trusted: bool = True
+    ) -> None:
         key = files.digest([VERSION, manifest.digest, preprocess.as_dict()])
-        self._folder, self._manifest = None if folder is None else folder / key[:24], manifest.digest
+        self._folder, self._manifest = None if folder is None else folder / key[:24], manifest
+        self.trusted = trusted
 
     def read(self) -> dict[int, RowState]:
-        """All pieces; of one that is damaged the images are looked at again."""
+        """All pieces; of one that is damaged the images are looked at again, as are files that changed since."""
         found: dict[int, RowState] = {}
+        times, hashes = None, None
         for path in sorted(self._folder.glob("*.json")) if self._folder is not None else ():
             try:
                 body = files.unseal(path.read_bytes(), path)
-            except CorruptError:
+            except (CorruptError, FileNotFoundError):
                 continue
-            found |= {row: RowState(content) for row, content in zip(body["rows"], body["contents"], strict=True)}
+            failed = set(body["failed"])
+            # Registration knows of other bytes by these pieces: this is for those that no store could take.
+            if times is None or hashes is None:
+                times, hashes = self._manifest.column("mtime_ns"), self._manifest.hashes()
+            for row, content, time_ns in zip(body["rows"], body["contents"], body["times"], strict=True):
+                if content is not None and row not in failed and (time_ns == times[row] or content == hashes[row]):
+                    found[row] = RowState(content)
         return found
 
-    def write(self, states: dict[int, RowState]) -> bool:
-        """Add a piece: the good ones of `states`; whether there were any.
+    def announce(self, rows: Int64[np.ndarray, " n"]) -> Callable[[], None]:
+        """Tell those who register files meanwhile that these are about to be read; returns what takes that back.
 
         Raises:
             StoreError: the folder cannot be written.
         """
-        good = {row: state.content for row, state in sorted(states.items()) if state.reason is None}
-        if self._folder is None or not good:
+        if self._folder is None or not len(rows):
+            return lambda: None
+        path = self._put("read", rows.tolist(), [None] * len(rows), [])
+        return lambda: path.unlink(missing_ok=True)
+
+    def write(self, states: dict[int, RowState]) -> bool:
+        """Add a piece; whether there were good ones among `states`.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        if self._folder is None or not states:
             return False
-        # The manifest is what `featstore.store.hashes` finds them by.
-        body = {"manifest": self._manifest, "rows": list(good), "contents": list(good.values())}
+        rows = sorted(states)
+        failed = [row for row in rows if states[row].reason is not None]
+        self._put("found", rows, [states[row].content for row in rows], failed)
+        return len(failed) < len(rows)
+
+    def _put(self, kind: str, rows: list[int], contents: Sequence[str | None], failed: list[int]) -> Place:
+        assert self._folder is not None
+        picked = self._manifest.table.select(["id", "mtime_ns"]).take(rows)
+        body = {
+            "manifest": self._manifest.digest,
+            "rows": rows,
+            "ids": picked.column("id").to_pylist(),
+            "contents": contents,
+            "times": picked.column("mtime_ns").to_pylist(),
+            "failed": failed,
+        }
+        path = self._folder / f"{kind}-{files.digest([rows, contents])[:24]}.json"
         with files.writing(self._folder):
             files.make_folder(self._folder)
-        files.write_atomic(self._folder / f"{files.digest(body['rows'])[:24]}.json", files.sealed(body))
-        return True
+        files.write_atomic(path, files.sealed(body))
+        return path
 
 
 class Failures:
@@ -112,10 +149,12 @@ def look_through(
         Stopped: asked to end; what was found is kept.
     """
     held: dict[int, RowState] = team.objects(kept.read() if team.writes else None)[0]
-    found = {row: held[row] for row in rows.tolist() if row in held}
+    found = {row: held[row] for row in rows.tolist() if row in held} if kept.trusted else {}
     left = np.array([row for row in rows.tolist() if row not in found], np.int64)
     if not len(left):
         return found
+    done = kept.announce(np.setdiff1d(left, list(held))) if team.writes else None
+    team.wait()  # nothing is read before
     mine = left[team.rank :: team.world]
     jobs = [mine[start : start + SIZE] for start in range(0, len(mine), SIZE)]
     rounds = -(-len(left[:: team.world]) // SIZE)  # the first process has as many rows as any
@@ -129,7 +168,7 @@ def look_through(
                 batch = next(batches) if number < len(jobs) else None
                 states = {} if batch is None else dict(zip(batch.job.rows, batch.states))
                 own |= states
-                piece |= states
+                piece |= {row: state for row, state in states.items() if held.get(row) != state}
                 asked, failed = watch.step(len(states), sum(state.reason is not None for state in states.values()))
                 failures.add(failed, own, team)
                 if len(piece) >= PIECE or time.monotonic() - since >= PIECE_SECONDS:
@@ -141,4 +180,7 @@ def look_through(
         finally:
             if kept.write(piece):
                 watch.kept()
-    return found | {row: state for part in team.objects(own) for row, state in part.items()}
+    found |= {row: state for part in team.objects(own) for row, state in part.items()}
+    if done is not None:
+        done()
+    return found

@@ -300,7 +300,8 @@ def test_block_numbers(layers: list[int]) -> None:
             ConfigError,
             "must be one of hf, meta; got 'timm'",
         ),
-        (f"hf:{TINY_FOLDER}", {"weights": Path("x")}, ConfigError, "names its weights already"),
+        (f"hf:{TINY_FOLDER}", {"weights": Path("x")}, ConfigError, "already; leave --weights out or give the model's"),
+        (f"hf:{TINY_FOLDER}", {"weights": TINY_FOLDER}, ConfigError, f"give --model hf:{TINY_FOLDER} in place of both"),
         (f"hf:{TINY_FOLDER}", {"revision": "main"}, ConfigError, "is a folder on this machine and has no revisions"),
         (
             f"hf:{TINY_FOLDER}/config.json",

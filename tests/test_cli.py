@@ -171,7 +171,7 @@ def test_one_data_set_that_cannot_be_measured_leaves_the_others_alone(tmp_path: 
     assert "zzz/tiny@42: 4 computed" in text
     assert "float16 (in float32, int8 weights)" in run("featstore", "ls", store=store)
     again = run("featstore", "extract", *asked, "--json", store=store, code=2)
-    found = json.loads(again[: again.index("\n]") + 2])
+    found = json.loads(again[again.index("[\n") : again.index("\n]") + 2])  # progress stands around it
     assert [(item["set"], "error" in item) for item in found] == [
         ("aaa/tiny@42", True),
         ("pics/tiny@42", False),

@@ -198,6 +198,25 @@ def test_thresholds_come_from_validation(made: tuple[Store, dict[str, Any]], tmp
         run(made, "linear", path, Criteria(metric="f1", num_resamples=20), youden=True)
 
 
+def test_logits_are_not_decided_at_one_half(made: tuple[Store, dict[str, Any]], tmp_path: Path) -> None:
+    table = scores_of(made[1]["linear"])
+    scores = {name: np.array(table[name]) for name in ("score:a", "score:b")}
+    logits = {name: np.log(values / (1 - values)).tolist() for name, values in scores.items()}
+    file = write_csv(tmp_path / "logit.csv", {"id": table["id"], **logits})
+    with pytest.raises(
+        ConfigError,
+        match=r"accuracy decides at a score of 0\.5, .* those of B \(logit\.csv\) reach from -\d.* to \d.*: give "
+        r"--threshold youden, .* sigmoid",
+    ):
+        run(made, "knn", file, Criteria(metric="accuracy", num_resamples=20))
+    with pytest.raises(ConfigError, match=r"those of A \(logit\.csv\) reach"):
+        run(made, file, "knn", Criteria(metric="f1", num_resamples=20))
+    assert run(made, "linear", file)["result"]["macro"]["delta"]["value"] == pytest.approx(0, abs=1e-12)
+    sigmoid = write_csv(tmp_path / "p.csv", {"id": table["id"], **{name: v.tolist() for name, v in scores.items()}})
+    same = run(made, "linear", sigmoid, Criteria(metric="accuracy", num_resamples=20))
+    assert same["result"]["macro"]["delta"]["value"] == 0
+
+
 def test_seeds_that_differ_are_a_spread(made: tuple[Store, dict[str, Any]], tmp_path: Path) -> None:
     record = made[1]["linear"]
     predictions = load_predictions(record).to_pydict()

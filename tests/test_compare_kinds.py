@@ -14,6 +14,7 @@ from test_compare import command, scores_of, write_csv
 from featstore.errors import ConfigError, TaskError
 from featstore.store.catalog import Store
 from probes.compare import compare
+from probes.compare_curves import _common
 from probes.configs import EvalConfig, KnnConfig, LinearConfig, TaskConfig
 from probes.draws import Draws
 from probes.evaluation import evaluate_sets, load_records_at
@@ -335,7 +336,24 @@ def curves(made: tuple[Store, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         data = FewShotData(dataset="xm", labels="a", features="cls", seed=seed)
         return evaluate_fewshot(made[0], data, FewShotConfig(shots=shots, repeats=12, head=head))[0]  # type: ignore[arg-type]
 
-    return {"ncm": one("ncm"), "ridge": one("ridge", "1,4,8"), "other": one("ncm", seed=1), "single": one("ncm", "2")}
+    return {
+        "ncm": one("ncm"),
+        "ridge": one("ridge", "1,4,8"),
+        "other": one("ncm", seed=1),
+        "single": one("ncm", "2"),
+        "beyond": one("ncm", "1,900"),
+        "ridge beyond": one("ridge", "1,900"),
+    }
+
+
+def test_a_macro_holds_labels_that_both_curves_have() -> None:
+    nan = np.nan
+    a = {("1", "x"): [0.5, 0.6], ("1", "y"): [0.7, 0.8], ("2", "x"): [0.9, 0.9], ("2", "y"): [0.9, nan]}
+    b = {("1", "x"): [0.5, 0.5], ("1", "y"): [0.5, 0.5], ("2", "x"): [0.5, 0.5], ("2", "y"): [0.5, 0.5]}
+    tables = [{key: np.array(values) for key, values in side.items()} for side in (a, b)]
+    assert _common(tables, ["1", "2"], ["x", "y"]) == ["x"]
+    assert _common(tables, ["1"], ["x", "y"]) == ["x", "y"]
+    assert _common([{key: np.full(2, nan) for key in a}, tables[1]], ["1", "2"], ["x", "y"]) == []
 
 
 def test_curves_are_compared_draw_by_draw(
@@ -366,6 +384,11 @@ def test_curves_are_compared_draw_by_draw(
             )
             assert entry["better"] == pytest.approx(np.mean(delta > 0) + np.mean(delta == 0) / 2)
     json.dumps(found)
+    beyond = run(everything, "beyond", "ridge beyond", SMALL)
+    assert [point["name"] for point in beyond["curve"]] == ["1 shot", "900 shots"]
+    for entry in (beyond["curve"][0]["macro"], beyond["curve"][0]["per_label"][0]):
+        assert entry["delta"] == found["curve"][0]["macro"]["delta"]  # a budget that no label has empties no other
+    assert np.isnan(beyond["curve"][1]["macro"]["a"])
     printed = command(everything, curves["ncm"]["id"], curves["ridge"]["id"])
     assert printed.exit_code == 0, printed.output
     assert "mean over 12 draws of shots, the same for both" in printed.output

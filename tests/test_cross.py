@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 import probes
 from featstore import files
-from featstore.errors import IncompleteError, LeakError, TaskError, UnknownNameError
+from featstore.errors import ConfigError, IncompleteError, LeakError, TaskError, UnknownNameError
 from featstore.store.catalog import Store
 from featstore.store.features import FeatureSet
 from probes import report
@@ -120,6 +120,11 @@ def test_records_say_where_they_were_trained_and_tested(
     tables = report.tables([first, *own])
     assert [macro[0].split(" · ")[0] for macro, _, _ in tables] == ["one -> two", "one"]
     assert any("2 shared labels" in note for note in tables[0][2])
+
+
+def test_a_data_set_is_no_other_one(two: tuple[FeatureSet, FeatureSet], store_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--test-dataset one is the data set itself, whose own test split is scored"):
+        evaluate(store_path, test_dataset="two,one")
 
 
 def test_several_data_sets_at_once(two: tuple[FeatureSet, FeatureSet], tmp_path: Path, store_path: Path) -> None:

@@ -10,7 +10,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from sklearn.base import clone, is_classifier, is_regressor
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import DataConversionWarning, NotFittedError
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -20,13 +20,13 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from featstore.errors import ConfigError, TaskError
+from probes.knn import KNNProbe
 from probes.logistic import DEFAULT_C, LogisticProbe
 from probes.mlknn import MLKNN
 from probes.ncm import NearestMeanProbe
 from probes.ridge import DEFAULT_ALPHA, RidgeProbe
 
 # Checks of scikit-learn's that do not apply, and why.
-NOT_FOR_LABELS = {"check_supervised_y_2d": "takes a column (N, 1) for classes; here it is one label of 0 and 1"}
 NOT_TO_1E_7 = {
     "check_sample_weight_equivalence_on_dense_data": "wants probabilities equal to 1e-7; the solver stops within 1e-8 "
     "of the least loss, where they are equal to 1e-5; the weights have their own test below"
@@ -52,12 +52,12 @@ NOT_FOR_01 = {
 @pytest.mark.parametrize(
     ("estimator", "exempt"),
     [
-        (LogisticProbe(), NOT_FOR_LABELS | NOT_TO_1E_7),
-        (LogisticProbe(C=0.1, standardize=False, class_weight="balanced"), NOT_FOR_LABELS | NOT_TO_1E_7),
+        (LogisticProbe(), NOT_TO_1E_7),
+        (LogisticProbe(C=0.1, standardize=False, class_weight="balanced"), NOT_TO_1E_7),
         (RidgeProbe(), {}),
         (RidgeProbe(alpha=0.1, standardize=False), {}),
-        (NearestMeanProbe(), NOT_FOR_LABELS | NOT_CALIBRATED),
-        (NearestMeanProbe(scaling="centred"), NOT_FOR_LABELS),
+        (NearestMeanProbe(), NOT_CALIBRATED),
+        (NearestMeanProbe(scaling="centred"), {}),
         (MLKNN(k=3), NOT_FOR_01),
     ],
     ids=lambda value: "" if isinstance(value, dict) else str(value),
@@ -77,6 +77,28 @@ def blobs(num_rows: int = 120, width: int = 6, seed: int = 0) -> tuple[np.ndarra
     random = np.random.default_rng(seed)
     y = random.integers(0, 3, num_rows)
     return np.eye(3, width)[y] + 0.6 * random.standard_normal((num_rows, width)), y
+
+
+@pytest.mark.parametrize("make", [LogisticProbe, NearestMeanProbe, KNNProbe])
+def test_a_column_is_a_label_or_classes(make: Any) -> None:
+    """0 and 1 in a column are a label; any other values are classes, as in scikit-learn."""
+    X, y = blobs()
+    with pytest.warns(DataConversionWarning, match="A column-vector y was passed when a 1d array was expected"):
+        column = make().fit(X, y[:, None])
+    flat = make().fit(X, y)
+    np.testing.assert_array_equal(column.predict(X), flat.predict(X))
+    assert column.score(X, y[:, None]) == flat.score(X, y) == np.mean(flat.predict(X) == y)
+    label = make().fit(X, (y == 1).astype(int)[:, None])
+    assert label.predict(X).shape == (len(X), 1)
+    masked = make().fit(X, np.where(y == 0, -1, y - 1)[:, None], (y > 0)[:, None])
+    assert masked.predict_proba(X).shape == (len(X), 1)
+
+
+def test_a_strength_is_chosen_by_a_column_of_classes() -> None:
+    X, y = blobs()
+    probe = LogisticProbe(C=[0.01, 1.0]).fit(X[:80], y[:80])
+    chosen = probe.choose(X[80:], y[80:]).C_index_
+    np.testing.assert_array_equal(probe.choose(X[80:], y[80:, None]).C_index_, chosen)
 
 
 @pytest.mark.parametrize("make", [LogisticProbe, RidgeProbe, NearestMeanProbe])

@@ -403,6 +403,17 @@ def test_macro_is_over_the_same_labels_at_every_budget() -> None:
     assert macro["auroc"].tolist() == [[0.6], [0.7]]
 
 
+def test_a_budget_that_no_label_has_empties_no_other_macro() -> None:
+    nan = np.nan
+    values = {"auroc": np.array([[[0.6, 0.9, nan]], [[0.7, nan, nan]], [[nan, nan, nan]]])}
+    macro, common = macro_over_common(values)
+    assert common.tolist() == [True, False, False]
+    np.testing.assert_array_equal(macro["auroc"], [[0.6], [0.7], [nan]])
+    macro, common = macro_over_common({"auroc": np.array([[[0.6, nan]], [[nan, 0.7]]])})
+    assert not common.any()
+    assert np.isnan(macro["auroc"]).all()
+
+
 # --- errors
 
 
@@ -417,6 +428,7 @@ def test_macro_is_over_the_same_labels_at_every_budget() -> None:
         ({"sampling": "first"}, "--sampling first takes patients, --by patient"),
         ({"sampling": "systematic", "by": "patient"}, "--sampling systematic takes samples, --by sample"),
         ({"sampling": "first", "by": "patient", "percent": "1"}, "--percent is drawn at random"),
+        ({"sampling": "first", "by": "patient", "repeats": 100}, "draws without chance, once; leave --repeats 100 out"),
         ({"head": "ncm", "C": "1"}, "--C belongs to --head logistic, not ncm"),
         ({"k": 3}, "--k belongs to --head knn, not logistic"),
         ({"head": "ncm", "select": "inner"}, "--select inner has nothing to choose for --head ncm"),
@@ -428,6 +440,11 @@ def test_macro_is_over_the_same_labels_at_every_budget() -> None:
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FewShotConfig(**options)
+
+
+def test_a_record_says_how_often_was_drawn() -> None:
+    assert (FewShotConfig().repeats, FewShotConfig(repeats=3).num_repeats) == (100, 3)
+    assert FewShotConfig(sampling="systematic", repeats=1) == FewShotConfig(sampling="systematic")
 
 
 def test_negative_seed() -> None:

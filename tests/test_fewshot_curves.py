@@ -85,7 +85,7 @@ def test_curve_is_a_loop_of_scikit_learn(features: FeatureSet) -> None:
         {"select": "inner", "C": "0.01,1"},
         {"select": "val", "C": "0.01,1"},
         {"by": "patient"},
-        {"sampling": "first", "by": "patient"},
+        {"sampling": "first", "by": "patient", "repeats": None},
         {"percent": "20,50"},
     ],
     ids=str,
@@ -93,7 +93,7 @@ def test_curve_is_a_loop_of_scikit_learn(features: FeatureSet) -> None:
 @pytest.mark.parametrize("labels", [("a", "b"), ("kind",)], ids=str)
 def test_signal_is_found_by_every_head(features: FeatureSet, options: dict[str, Any], labels: tuple[str, ...]) -> None:
     task = task_of(features, labels)
-    curve = fit_fewshot(task, "cls", FewShotConfig(shots="2,16", repeats=10, **options))
+    curve = fit_fewshot(task, "cls", FewShotConfig(shots="2,16", **({"repeats": 10} | options)))
     column = curve.per_label["auroc"][..., 0]
     assert not np.isnan(column).any()
     assert column[-1].mean() > 0.6
@@ -148,7 +148,12 @@ def test_rare_labels_are_skipped_and_named(features: FeatureSet) -> None:
     assert np.isnan(curve.per_label["auroc"][1, :, 1]).all()
     assert curve.common == ("a",)
     np.testing.assert_array_equal(curve.macro["auroc"], curve.per_label["auroc"][:, :, 0])
-    assert any("macro over the 1 labels" in note and "not b" in note for note in curve.notes)
+    said = "macro over a: the labels that have every budget that any label has, and both classes in test; not b"
+    assert said in curve.notes
+    beyond = fit_fewshot(task_of(features, ("a", "b")), "cls", FewShotConfig(shots="1,2,500", repeats=4))
+    assert beyond.common == ("a", "b")
+    np.testing.assert_allclose(beyond.macro["auroc"][:2], beyond.per_label["auroc"][:2].mean(2))
+    assert np.isnan(beyond.macro["auroc"][2]).all()
 
 
 def test_shares_that_lack_a_class_are_skipped_and_counted(features: FeatureSet) -> None:
@@ -259,6 +264,29 @@ def test_numbers_have_no_shots(features: FeatureSet) -> None:
 def test_nothing_to_draw(features: FeatureSet) -> None:
     with pytest.raises(TaskError, match="no label has the samples that any of the budgets 200 shots asks for"):
         fit_fewshot(task_of(features, ("a", "b")), "cls", FewShotConfig(shots="200"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shots": "1", "sampling": "systematic"}, r"all its classes in the draws of 1 shot \(b: .* raise --shots"),
+        ({"shots": "", "percent": "0.5", "repeats": 4}, r"all its classes in the draws of 0\.5 % .* raise --percent"),
+        (
+            {"shots": "300", "percent": "0.5", "repeats": 4},
+            r"any of the budgets 300 shots asks for; lower --shots; no label has all .* raise --percent",
+        ),
+    ],
+)
+def test_draws_that_lack_a_class_are_to_be_larger(features: FeatureSet, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        fit_fewshot(task_of(features, ("b",)), "cls", FewShotConfig(**options))
+
+
+def test_a_test_split_of_one_class_has_no_curve(features: FeatureSet) -> None:
+    task = task_of(features, ("a",))
+    task.y[task.role == "test"] = 0
+    with pytest.raises(TaskError, match="no label has both classes in test; choose other labels or splits"):
+        fit_fewshot(task, "cls", FewShotConfig(shots="2", repeats=2))
 
 
 @pytest.mark.parametrize("reading", [{"policies": "all"}, {"test_dataset": "y"}])

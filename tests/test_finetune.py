@@ -134,7 +134,7 @@ def test_costs_of_a_frozen_probe_have_the_same_fields(full: list[dict[str, Any]]
     own = {"seconds", "gpu_seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "trainable_parameters"}
     assert frozen["cost"].keys() == own | {"not_counted"}
     assert frozen["cost"]["not_counted"] == "extraction of the features"
-    assert full[0]["cost"].keys() == own | {"images_per_second", "processes", "runs"}
+    assert full[0]["cost"].keys() == own | {"images_per_second", "processes", "runs", "trained_with"}
 
 
 def test_the_first_seed_pays_for_what_comes_before(home: Path, tmp_path: Path) -> None:
@@ -142,10 +142,12 @@ def test_the_first_seed_pays_for_what_comes_before(home: Path, tmp_path: Path) -
     evaluate(home, **options)
     (folder,) = (path.parent for path in (tmp_path / "runs").rglob("start.npz"))
     path = folder / "cost.json"
-    assert json.loads(path.read_bytes())["start.npz"] > 0
-    path.write_text(json.dumps({"start.npz": 1000.0}))
-    first, second = evaluate(home, **options)  # goes on: the start is read, not fitted
-    assert first["cost"]["seconds"] > 1000 > second["cost"]["seconds"]
+    assert json.loads(path.read_bytes())["start.npz"]["seconds"] > 0
+    for held, used in (({"seconds": 1000.0, "gpu_seconds": 8000.0}, 8000.0), (1000.0, 0.0)):  # and as it once was
+        path.write_text(json.dumps({"start.npz": held}))
+        first, second = evaluate(home, **options)  # goes on: the start is read, not fitted
+        assert first["cost"]["seconds"] > 1000 > second["cost"]["seconds"]
+        assert (first["cost"]["gpu_seconds"], second["cost"]["gpu_seconds"]) == (used, 0)
 
 
 def test_the_test_split_is_scored_for_the_choice_alone(
@@ -410,6 +412,7 @@ def command(*arguments: str, store: Path) -> Any:
 
 
 def test_dry_run_says_what_would_be_trained(home: Path) -> None:
+    before = sorted(home.rglob("*"))
     done = command("--method", "full", "--dry-run", store=home)
     assert done.exit_code == 0, done.output
     for part in (
@@ -418,8 +421,8 @@ def test_dry_run_says_what_would_be_trained(home: Path) -> None:
         "5 runs: lr=1e-05; lr=3e-05; lr=0.0001 with seed 0, then the best with 2 more seeds",
     ):
         assert part in done.output
-    assert not (home / "finetune").exists()
     facts = json.loads(command("--method", "full", "--dry-run", "--json", store=home).output)
+    assert sorted(home.rglob("*")) == before
     assert facts["runs"] == 5
     assert facts["random_weights"]
 

@@ -255,7 +255,7 @@ def test_a_check_of_bfloat16_that_was_killed_begins_anew(
         patch.setattr(Run, "train", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate(home, runs=tmp_path / "runs", **options)
-    assert list((tmp_path / "runs").rglob("parity/float32/*"))
+    assert list((tmp_path / "runs").rglob("parity/float32-*/*"))
     assert evaluate(home, train_seed=1, runs=tmp_path / "runs", **options)[0]["choices"]["parity"] == expected
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,6 +83,13 @@ def test_two_processes_equal_one(store: Path, server: Commands, tmp_path: Path) 
     check_close(two, first.records, one, expected)
     assert "going on from epoch 2, step 0" in first.err
     assert (second.code, second.out, second.err) == (0, "", "")  # one process speaks, and JSON is whole
+    # Read again by one process, cost is that of the two that trained.
+    (again,) = server.run(given).records
+    assert again["cost"] == first.records[0]["cost"]
+    (part,) = again["cost"]["trained_with"]
+    assert (part["processes"], part["micro"], part["images"]) == (2, 2, 48)
+    (note,) = [text for text in again["notes"] if text.startswith("trained with")]
+    assert re.match(r"trained with 2 processes on cpu, --micro 2 \(.* s\): .* this command has 1 process on cpu", note)
 
 
 @pytest.mark.slow

@@ -20,7 +20,6 @@ from probes.mlknn import MLKNN
 
 # Checks of scikit-learn's that do not apply, and why.
 NOT_FOR_COSINES = {"check_estimators_dtypes": "has a row of zeros, which has no direction and is refused"}
-NOT_FOR_LABELS = {"check_supervised_y_2d": "takes a column (N, 1) for classes; here it is one label of 0 and 1"}
 NOT_STRICT = {
     "check_classifiers_multilabel_output_format_predict_proba": "wants shares strictly between 0 and 1; five "
     "neighbours may agree"
@@ -31,9 +30,9 @@ NOT_STRICT = {
 @pytest.mark.parametrize(
     ("estimator", "exempt"),
     [
-        (KNNProbe(), NOT_FOR_COSINES | NOT_FOR_LABELS),
-        (KNNProbe(k=5, vote="distance", backend="torch"), NOT_FOR_COSINES | NOT_FOR_LABELS | NOT_STRICT),
-        (KNNProbe(k=3, vote="majority", standardize=True), NOT_FOR_LABELS | NOT_STRICT),
+        (KNNProbe(), NOT_FOR_COSINES),
+        (KNNProbe(k=5, vote="distance", backend="torch"), NOT_FOR_COSINES | NOT_STRICT),
+        (KNNProbe(k=3, vote="majority", standardize=True), NOT_STRICT),
         (KNNRegressor(), NOT_FOR_COSINES),
         (KNNRegressor(k=5, vote="distance", backend="torch"), NOT_FOR_COSINES),
     ],

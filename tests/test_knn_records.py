@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from probe_sets import two_label_store
+from probe_sets import by_patient, two_label_store, write_set
 from sklearn.metrics import roc_auc_score
 
 from featstore.errors import ConfigError, TaskError
@@ -19,6 +19,7 @@ from probes.knn_protocols import Plan
 from probes.mlknn import MLKNN
 from probes.records import load_predictions
 from probes.report import tables
+from probes.retrieval import search, stored_vector
 from probes.tasks import choose_task, make_task
 
 
@@ -183,6 +184,60 @@ def test_counts_may_name_the_whole_library(store: Store) -> None:
     assert sorted(record["choices"]["val_auroc"], key=int) == ["5", str(record["task"]["splits"]["train"])]
     # The whole library says the same of every query.
     assert record["choices"]["val_auroc"][str(record["task"]["splits"]["train"])] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("k", "tried"), [(None, ["5"]), ("all", ["5"]), ("2,all", ["2", "5"])])
+def test_leaving_patients_out_of_few_rows(tmp_path: Path, store_path: Path, k: str | None, tried: list[str]) -> None:
+    """Eight training rows, three of one patient: five neighbours are what every row has."""
+    columns: dict[str, list[Any]] = {
+        "part": ["train"] * 8 + ["val"] * 4 + ["test"] * 4,
+        "pid": ["p0", "p0", "p0", "p1", "p1", "p2", "p3", "p4", *(f"q{number}" for number in range(8))],
+        "a": [str(number % 2) for number in range(16)],
+    }
+    write_set(store_path, tmp_path / "x", columns, np.random.default_rng(0).standard_normal((16, 4)))
+    record = run(Store(store_path), KnnConfig(k=k, select="loo"), labels="a")
+    choices = record["choices"]
+    assert list(choices["loo_auroc"]) == tried
+    assert str(choices["k"]) in tried
+    said = "k 10, 20, 100, 200 left out: more than the 5 training rows outside the patient that has most"
+    assert (said in record["notes"]) == (k is None)
+    with pytest.raises(ConfigError, match=r"leave-one-out with k=8 needs as many rows .* lower k"):
+        run(Store(store_path), KnnConfig(k="8,all", select="loo"), labels="a")
+
+
+@pytest.mark.parametrize(("row", "split"), [(0, "train"), (13, "val"), (18, "test")])
+def test_samples_without_a_direction_are_named(tmp_path: Path, store_path: Path, row: int, split: str) -> None:
+    patient = np.arange(60)
+    columns = {**by_patient(patient), "a": [str(number % 2) for number in range(60)]}
+    X = np.random.default_rng(0).standard_normal((60, 4))
+    name = next(number for number in range(row % 10, 60) if columns["part"][number] == split)
+    X[name] = 0
+    write_set(store_path, tmp_path / "x", columns, X)
+    store = Store(store_path)
+    named = rf"features of 1 sample are zero, such as those of '{name:03d}\.png' \({split}\), and have no direction"
+    with pytest.raises(TaskError, match=named):
+        run(store, KnnConfig(k="3"), labels="a")
+    assert run(store, KnnConfig(k="3", standardize=True), labels="a")["choices"]["k"] == 3
+    with pytest.raises(TaskError, match=rf"of x/m are zero, such as those of '{name:03d}\.png', and have no direction"):
+        search(store, store.set("x/m"), np.ones(4, np.float32), "cls")
+    with pytest.raises(TaskError, match=rf"the features of '{name:03d}\.png' are zero and have no direction to search"):
+        stored_vector(store.set("x/m"), name, ["cls"])
+
+
+def test_what_becomes_of_masked_labels_is_said_as_it_is(store: Store) -> None:
+    task = task_of(store)
+    for protocol, said in (
+        (
+            "radiology",
+            "3 masked label entries of the library are left out of their label's prior and counts, and their",
+        ),
+        ("dino", "3 masked label entries of the library count as absent; the protocol has none"),
+    ):
+        assert Plan.of(KnnConfig(protocol=protocol)).deviations(task, "cls", masked=3)[-1].startswith(said)  # type: ignore[arg-type]
+    classes = task_of(store, ("kind",))
+    assert Plan.of(KnnConfig(protocol="dino")).deviations(classes, "cls", masked=3)[-1] == (
+        "3 masked label entries of the library are left out; the protocol has none"
+    )
 
 
 def test_ml_knn_is_of_labels(store: Store) -> None:

@@ -219,6 +219,7 @@ def test_what_cannot_be_sought_by_its_bytes_is_said(tmp_path: Path, monkeypatch:
     record = evaluate(home, model="tiny", method="last-k", lr="1e-3", start="random", runs=Path("runs"))[0]
     assert Path(record["choices"]["weights"]).is_relative_to(tmp_path / "runs")
     spec = TaskSpec(name="x", labels=("first", "second"), fold=Fold(number=0, of=4))
+    shutil.rmtree(home / "finetune")  # the look through them is kept in the store, wherever runs lie
     found = set_of(home, record, "copies")
     task = make_task(found, spec)
     tested, seen = len(task.index("test")), sum(record["task"]["splits"][split] for split in ("train", "val"))

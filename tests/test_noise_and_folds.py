@@ -313,6 +313,8 @@ def test_folds_that_cannot_be(store: Store) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             run(store, "a", reading=reading, folds=3)
+    with pytest.raises(ConfigError, match="--folds and --train-resamples exclude each other"):
+        run(store, "a", folds=3, train_resamples=2)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +339,8 @@ def test_other_options_that_do_not_fit() -> None:
         TaskConfig(label_noise=1.5)
     with pytest.raises(ConfigError, match="--noise-seed must be 0 or more, got -1"):
         TaskConfig(noise_seed=-1)
+    with pytest.raises(ConfigError, match="--noise-seed 3 belongs to --label-noise; give that too, or leave it out"):
+        TaskConfig(noise_seed=3)
     with pytest.raises(ConfigError, match="--features names features, comma-separated; got ' ,'"):
         EvalConfig(dataset="x", features=" ,")
     with pytest.raises(ConfigError, match="--seed must be 0 or more, got -2"):

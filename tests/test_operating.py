@@ -435,6 +435,16 @@ def test_nested_intervals_hold_more_than_the_test_rows(store: Store, head: Any, 
     assert nested["high"] > test["macro"]["auroc"] - 0.05
     assert (nested["low"], nested["high"]) != (plain["low"], plain["high"])
     assert len(test["intervals_nested"]["per_label"]) == len(test["per_label"])
+    ((title, columns, rows), (_, label_columns, label_rows), notes) = tables([record])[0]
+    assert rows[0][columns.index("[95%] + training")] == f"[{nested['low']:.3f}, {nested['high']:.3f}]", title
+    first = test["intervals_nested"]["per_label"][0]["auroc"]
+    place = label_columns.index("[95%] + training")
+    assert label_rows[0][place] == f"[{first['low']:.3f}, {first['high']:.3f}]"
+    assert {len(columns)} == {len(row) for row in rows}
+    assert {len(label_columns)} == {len(row) for row in label_rows}
+    assert any(
+        note.startswith("[95%] + training: of the same, over heads fitted again on 8 resamples") for note in notes
+    )
 
 
 def test_nested_intervals_are_refused_where_nothing_can_be_fitted_again(store: Store) -> None:

@@ -103,6 +103,7 @@ def test_drop_row_leaves_the_role_whose_policy_it_is(labelled: FeatureSet) -> No
     assert test.notes == (
         "val: 1 rows with an uncertain label left out",
         "test: 1 rows with an uncertain label left out",
+        "c: one class in train (0 positive, 4 negative), not fitted",
     )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,16 @@ from featstore.configs import RegisterConfig
 from featstore.datasets.manifest import MISSING, check_unchanged
 from featstore.errors import ManifestError
 from featstore.extraction.plan import committed_contents
-from featstore.register import NO_CONTENT, register
+from featstore.images import PreprocessSpec
+from featstore.register import register
 from featstore.store import commits, ledger
 from featstore.store.catalog import Store
 from featstore.store.commits import BlockWriter, RowState
+from featstore.store.hashes import NO_CONTENT, read_surveys, surveys_folder
 from featstore.store.layout import set_folder
+from probes.tuning_survey import Kept
+
+PIXELS = PreprocessSpec(height=28, width=28, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), geometry="squash")
 
 
 class World:
@@ -36,6 +42,7 @@ class World:
         self.clock = 10**18
         self.meant: dict[str, dict[str, str]] = {}
         self.pending: list[tuple[Path, list[tuple[int, int, int]], dict[int, RowState]]] = []
+        self.looking: list[tuple[Kept, dict[int, RowState], Callable[[], None]]] = []
         for name in self.IDS:
             self.write(name, "0")
         self.register(False)
@@ -57,7 +64,7 @@ class World:
         Not while a run goes on: nothing on the disk could tell which of them it has read.
         """
         path = self.root / name
-        if not self.pending and path.exists() and path.stat().st_size == len(f"{name}{letter}"):
+        if not self.pending and not self.looking and path.exists() and path.stat().st_size == len(f"{name}{letter}"):
             time_ns = path.stat().st_mtime_ns
             path.write_text(f"{name}{letter}")
             os.utime(path, ns=(time_ns, time_ns))
@@ -114,8 +121,36 @@ class World:
                 writer.append({"cls": values}, held)
                 writer.commit()
 
+    def look(self) -> None:
+        """What a training does before it trains: check the files, say that they are read, read them."""
+        manifest = Store(self.store_path).manifest("mine")
+        rows = np.arange(len(manifest))
+        try:
+            check_unchanged(manifest, rows)
+        except ManifestError:
+            return
+        kept = Kept(surveys_folder(self.store_path, "mine"), manifest, PIXELS)
+        left = [row for row in rows.tolist() if row not in kept.read()]
+        done = kept.announce(np.array(left, np.int64))
+        states = {row: RowState(sha(manifest.root / manifest.column("id")[row])) for row in left}
+        self.looking.append((kept, states, done))
+
+    def see(self, count: int) -> None:
+        """The oldest look writes what it has found of its first images, and dies before the others."""
+        if self.looking:
+            kept, states, done = self.looking.pop(0)
+            kept.write(dict(list(states.items())[:count]))
+            if count >= len(states):
+                done()
+
     def check(self) -> None:
-        """What a set serves for a manifest was computed from the bytes that the manifest was last made from."""
+        """What a set serves for a manifest was computed from the bytes that the manifest was last made from.
+
+        And what was trained on under a manifest are those bytes.
+        """
+        for piece in read_surveys(Store(self.store_path), "mine").pieces:
+            for sample, content in zip(piece.ids, piece.contents, strict=True):
+                assert content in (None, self.meant[piece.manifest[:8]][sample]), (piece.manifest[:8], sample)
         for path in (self.store_path / "sets").glob("*/*/rows/*.parquet"):
             ids, sizes, rows = ledger.read_mapping(path)
             held = committed_contents(path.parent.parent)
@@ -142,6 +177,9 @@ events = st.one_of(
     st.tuples(st.just("start"), st.integers(0, 1)),
     st.tuples(st.just("finish"), st.integers(0, 3)),
     st.tuples(st.just("finish"), st.just(9)),
+    st.tuples(st.just("look")),
+    st.tuples(st.just("see"), st.integers(0, 3)),
+    st.tuples(st.just("see"), st.just(3)),
 )
 
 
@@ -154,6 +192,9 @@ def play(history: list[tuple[Any, ...]]) -> None:
         world.register(False)  # and so that what the last manifest is served is looked at too
         world.start(0)
         world.finish(9)
+        world.look()
+        while world.looking:
+            world.see(3)
         world.check()
 
 

@@ -13,7 +13,7 @@ from cli import main
 from featstore.errors import TaskError, UnknownNameError
 from featstore.store.catalog import Store
 from probes import report
-from probes.configs import EvalConfig, KnnConfig, LinearConfig, TaskConfig
+from probes.configs import EvalConfig, KnnConfig, LinearConfig, SplitConfig, TaskConfig
 from probes.evaluation import evaluate_sets
 from probes.known import TASKS
 from probes.policies import POLICIES, SENSITIVITY, Policy
@@ -107,6 +107,16 @@ def test_differences_are_paired_by_patient(uncertain: Store) -> None:
     assert records[0]["sensitivity"]["difference"]["auroc"] == 0.0
 
 
+def test_heads_fitted_again_have_a_column_of_their_own(uncertain: Store) -> None:
+    config = EvalConfig(dataset="x", task="t", features="cls", resamples=6)
+    head, reading = LinearConfig(C="1"), TaskConfig(policies="ones")
+    records = evaluate_sets(uncertain, "linear", config, head, reading=reading, splits=SplitConfig(train_resamples=2))
+    _, columns, rows = report.sensitivity_table(records)
+    bounds = records[1]["metrics"]["test"]["intervals_nested"]["macro"]["auroc"]
+    assert rows[1][columns.index("[95%] + training")] == f"[{bounds['low']:.3f}, {bounds['high']:.3f}]"
+    assert {len(row) for row in rows} == {len(columns)}
+
+
 def test_the_table_shows_every_policy_once(uncertain: Store, capsys: pytest.CaptureFixture[str]) -> None:
     run(uncertain, "ones,extra-class")
     records = run(uncertain, "ones,extra-class")
@@ -142,12 +152,11 @@ def test_other_test_rows_are_not_compared(uncertain: Store) -> None:
         task = make_task(features, choose_task(manifest, task="t", reading=reading))
         count = len(task.truth("test").ids)
         fitted = Fitted(np.zeros((1, 2)), np.random.default_rng(0).random((count, 2)), {}, 0)
-        test = {"macro": {"auroc": 0.5}}
         if name == "own":
-            assert compare(task, fitted, test)["difference"]["auroc"] == 0.0
+            assert compare(task, fitted)["difference"]["auroc"] == 0.0
         else:
             with pytest.raises(TaskError, match="policy 'ones' leaves other test rows than 'own'"):
-                compare(task, fitted, test)
+                compare(task, fitted)
 
 
 def test_policies_are_compared_without_the_extra_label(uncertain: Store, monkeypatch: pytest.MonkeyPatch) -> None:

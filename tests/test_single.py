@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from probes import single, solver
+from probes import descent, solver
 from probes.logistic import LogisticProbe
 
 
@@ -65,7 +65,7 @@ def test_the_optimum_is_reached(
 
 
 def test_what_is_not_reached_goes_the_way_of_many_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(single, "MAX_STEPS", 1)
+    monkeypatch.setattr(descent, "MAX_STEPS", 1)
     X, y = problem(300, 200, 0.3)
     probe = LogisticProbe(C=1.0).fit(X, y, kind="multilabel")
     assert probe.converged_.all()

@@ -15,7 +15,7 @@ from probe_sets import write_set
 from typer.testing import CliRunner
 
 from cli.main import _probe_app
-from featstore.errors import ConfigError, UnknownNameError
+from featstore.errors import ConfigError, TaskError, UnknownNameError
 from featstore.store.catalog import Store
 from featstore.store.features import FeatureSet
 from featstore.store.importer import import_features
@@ -32,6 +32,7 @@ SIZE = 160
 CONFIG = EvalConfig(dataset="x", labels="a,b", resamples=20)
 WHOLE = SuiteConfig(shots="1", repeats=3)
 FAST = replace(WHOLE, probes="knn,fewshot", metadata="")
+NEIGHBOURS = SuiteConfig(probes="knn", metadata="")
 NUM = 2 * 2 + 2  # two sets, two probes, two baselines
 NUM_WHOLE = 2 * 3 + 3
 
@@ -205,7 +206,7 @@ def test_only_what_is_new_is_computed(warm: Store, counts: Counts, tmp_path: Pat
     assert counts.reads == ["x/three:cls"]
     # Fewer probes, or one set of several, ask nothing new.
     counts.clear()
-    assert run(warm, replace(CONFIG, model="two"), replace(FAST, probes="knn")).num_made == 0
+    assert run(warm, replace(CONFIG, model="two"), NEIGHBOURS).num_made == 0
     assert run(warm, replace(CONFIG, features="cls")).num_made == 0
 
 
@@ -321,7 +322,7 @@ def test_metadata_that_there_is_not_is_said(store: Store) -> None:
     found = run(store)
     assert [record["probe"] for record in found.records][-2:] == ["baseline:chance", "baseline:majority"]
     only = replace(CONFIG, labels="view")
-    columns = run(store, only, replace(FAST, probes="knn", metadata=None)).records[-1]["choices"]["columns"]
+    columns = run(store, only, replace(NEIGHBOURS, metadata=None)).records[-1]["choices"]["columns"]
     assert columns == ["age"]  # view is what is predicted
 
 
@@ -438,3 +439,17 @@ def test_a_warm_run_imports_nothing_heavy(warm: Store, monkeypatch: pytest.Monke
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_cannot_be_meant_is_refused_before_anything_is_fitted(store: Store, counts: Counts) -> None:
+    with pytest.raises(UnknownNameError, match=r"--metadata names no column of 'x': 'foo'; it has .*age"):
+        run(store, options=replace(FAST, metadata="age,foo"))
+    with pytest.raises(
+        TaskError, match="--metadata a is a label of the task, which would predict itself; leave it out"
+    ):
+        run(store, options=replace(FAST, metadata="a"))
+    assert counts.fits == counts.reads == []
+    for flag, given in (("--shots", {"shots": "1"}), ("--repeats", {"repeats": 3})):
+        with pytest.raises(ConfigError, match=f"{flag} belongs to the probe fewshot, which --probes knn leaves out"):
+            SuiteConfig(probes="knn", **given)  # type: ignore[arg-type]
+    assert SuiteConfig().budgets == {"shots": FewShotConfig().shots, "repeats": FewShotConfig().repeats}

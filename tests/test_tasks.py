@@ -226,7 +226,9 @@ def test_no_split_and_no_group_gets_two_roles(rows: list[tuple[str, int, bool]],
 
 
 def test_arrays_are_the_rows_of_the_split(make_set: MakeSet) -> None:
-    features = make_set({"part": PARTS, "pid": [f"p{number // 2}" for number in range(8)], "a": BITS, "b": ["1"] * 8})
+    features = make_set(
+        {"part": PARTS, "pid": [f"p{number // 2}" for number in range(8)], "a": BITS, "b": ["1", "0"] + ["1"] * 6}
+    )
     task = probes.task(features, labels=["a", "b"])
     x, y, mask, groups, ids = task.arrays("val", features="cls")
     assert x.dtype == np.float32
@@ -413,7 +415,7 @@ def test_evaluate_wants_a_score_for_every_row_and_label(make_set: MakeSet) -> No
 
 def test_records_come_back_with_their_predictions(make_set: MakeSet, tmp_path: Path) -> None:
     features = make_set(
-        {"part": PARTS, "pid": [f"p{number}" for number in range(8)], "a": BITS, "b": ["-1"] + ["1"] * 7}
+        {"part": PARTS, "pid": [f"p{number}" for number in range(8)], "a": BITS, "b": ["-1", "0"] + ["1"] * 6}
     )
     task = probes.task(features, labels=["a", "b"])
     scores = {"val": np.array([[0.1, 0.2], [0.3, 0.4]]), "test": np.array([[0.5, 0.6], [0.7, 0.8]])}

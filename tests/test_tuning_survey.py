@@ -271,7 +271,7 @@ def test_processes_share_a_survey_and_end_together(store: Path, tmp_path: Path) 
     ended = together(lambda member: survey(member, After(1) if member.rank else Stop()))
     assert [type(each) for each in ended] == [Stopped, Stopped]
     assert str(ended[0]).startswith("stopped on another process")
-    assert sum(len(path.read_bytes()) > 0 for path in kept.glob("*/*.json")) == 2  # a piece of each
+    assert sum(len(path.read_bytes()) > 0 for path in kept.glob("*/found-*.json")) == 2  # a piece of each
     one, two = together(survey)
     assert one.failures.keys() == two.failures.keys() == {5}
     assert one.manifest.column("content") == two.manifest.column("content")

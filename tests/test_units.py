@@ -170,6 +170,8 @@ def test_a_volume_in_two_splits_is_a_leak(tmp_path: Path, store_path: Path) -> N
 def test_a_pool_needs_a_unit(pairs: FeatureSet) -> None:
     with pytest.raises(TaskError, match="pool 'max' needs a unit of several images: volume, study or patient"):
         probes.task(pairs, labels=["a"], pool="max")
+    with pytest.raises(TaskError, match="--pool mean needs a unit of several images; give --unit too, or leave it out"):
+        probes.task(pairs, labels=["a"], pool="mean")
     spec = TaskSpec(name="t", labels=("a",), unit="study", pool="max")
     from probes.tasks import read_as
 

@@ -128,6 +128,30 @@ def test_leave_one_out_needs_other_rows() -> None:
     with pytest.raises(TaskError, match="this KNNProbe is not fitted yet; call fit first"):
         KNNProbe().leave_one_out()
     assert list(KNNProbe().fit(X, y).leave_one_out(np.arange(30) // 15)) == [10]
+    with pytest.raises(ConfigError, match=r"30 of them in one group; add samples of other groups"):
+        KNNProbe(k="all").fit(X, y).leave_one_out(np.zeros(30))
+
+
+@pytest.mark.parametrize(
+    ("k", "counts", "dropped"),
+    [(None, (10,), (20, 100, 200)), ("all", (15,), ()), ((4, "all"), (4, 15), ())],
+    ids=str,
+)
+def test_counts_are_kept_to_those_that_leaving_groups_out_can_answer(k: Any, counts: Any, dropped: Any) -> None:
+    """30 rows, two groups of 15."""
+    X, y = blobs(30)
+    groups = np.arange(30) // 15
+    probe = KNNProbe(k=k, vote="majority").fit(X, y)
+    assert tuple(probe.leave_one_out(groups)) == counts
+    assert probe.keep_within(groups) == 15
+    assert (probe.ks_, probe.k_, probe.dropped_k_) == (counts, counts[-1], dropped)
+    assert tuple(probe.scores(X)) == counts
+    # The rows outside a group are all that there are.
+    if counts[-1] == 15:
+        scores = probe.leave_one_out(groups)[15]
+        for number in range(2):
+            shares = np.bincount(y[groups != number], minlength=len(probe.classes_)) / 15
+            np.testing.assert_allclose(scores[groups == number], np.tile(shares, (15, 1)))
 
 
 def exact_neighbours(bank: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:

@@ -135,7 +135,10 @@ def describe(
         raise ConfigError("a revision is one of the hub's; it does not go with weights from a file or random weights")
     if model.startswith("hf:"):
         if weights is not None:
-            raise ConfigError(f"{model!r} names its weights already; leave --weights out or give the model's name")
+            named = "the model's name"
+            if (weights.expanduser() / "config.json").is_file():  # of a run of fine-tuning, say
+                named = f"--model hf:{weights} in place of both"
+            raise ConfigError(f"{model!r} names its weights already; leave --weights out or give {named}")
         return _describe_hf(
             model,
             random_weights=random_weights,

@@ -2,9 +2,10 @@
 
 A file is taken for the same while path, size and time stay. Once one changes, only the bytes can tell whether it was
 edited or merely touched or copied, and they are read if anything is known of what they were: the hash that an earlier
-manifest holds, or the one that was taken while the sample's rows were computed. Equal bytes change nothing. Other bytes
-are stated in the column `content`, from then on in every later manifest: a digest without it, or a size that came back,
-would name rows that were computed from other bytes. Hashing all files compares also those that seem unchanged.
+manifest holds, or one that was taken while the sample's rows were computed or a network was trained on it. Equal bytes
+change nothing. Other bytes are stated in the column `content`, from then on in every later manifest: a digest without
+it, or a size that came back, would name rows and runs of other bytes. Hashing all files compares also those
+that seem unchanged.
 """
 
 import contextlib

@@ -1,15 +1,16 @@
 """Hashes of the files behind samples, whoever took them, and the samples that are equal by them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from featstore import files
 from featstore.datasets.manifest import Manifest
 from featstore.errors import CorruptError, IncompleteError
-from featstore.objects import as_object
+from featstore.objects import Place, as_object
 from featstore.store import commits, ledger
 from featstore.store.catalog import Store
 
-SURVEYS = "finetune/{}/surveys"  # in a store: pieces that name a manifest, its rows and the hashes of their files
+RUNS, SURVEYS = "finetune", "surveys"  # in a store: of each data set, what was trained on it, and on which bytes
 NO_CONTENT = "0" * commits.HASH_HEX  # rows whose bytes were never read
 
 
@@ -37,24 +38,56 @@ def file_hashes(store: Store, manifest: Manifest) -> list[str | None]:
             if value is not None and value != NO_CONTENT:
                 found[row] = value
     if None in found:
-        for row, value in _surveyed(store, manifest):
-            found[row] = found[row] or value
+        for piece in read_surveys(store, manifest.name).pieces:
+            if piece.manifest == manifest.digest:
+                for row, value in zip(piece.rows, piece.contents):
+                    found[row] = found[row] or value
     return found
 
 
-def _surveyed(store: Store, manifest: Manifest) -> Iterator[tuple[int, str]]:
-    """(row, hash) of images that were looked through before a network was trained on them."""
-    if as_object(store.path) is not None:  # runs are never kept in a bucket
-        return
-    for path in sorted((store.path / SURVEYS.format(manifest.name)).glob("*/*.json")):
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Part of a survey: images that training has read, or is about to; `contents` are None where nobody knows them."""
+
+    manifest: str  # digest
+    rows: list[int]
+    ids: list[str]
+    contents: list[str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Surveys:
+    """All that is kept of the images that networks were trained on; `is_whole`: no part of it is damaged or gone."""
+
+    pieces: list[Piece]
+    is_whole: bool
+
+
+def surveys_folder(root: Place, name: str) -> Place:
+    """Where a store keeps what became of a data set's images in training."""
+    return root / RUNS / name / SURVEYS
+
+
+def read_surveys(store: Store, name: str) -> Surveys:
+    """What looks through a data set's images have found before a network was trained on them."""
+    folder = surveys_folder(store.path, name)
+    pieces, is_whole = [], True
+    for path in sorted(folder.glob("*/*.json")):
         try:
             body = files.unseal(path.read_bytes(), path)
-        except CorruptError:  # its images are looked at again when they are trained on, and written in another
+            contents = [None if value == NO_CONTENT else value for value in body["contents"]]
+            pieces.append(Piece(body["manifest"], body["rows"], body["ids"], contents))
+        except FileNotFoundError:  # what was in it is in another one by now
             continue
-        if body.get("manifest") == manifest.digest:
-            for row, value in zip(body["rows"], body["contents"], strict=True):
-                if value and value != NO_CONTENT:
-                    yield row, value
+        except (CorruptError, KeyError):  # its images are looked at again when they are trained on
+            is_whole = False
+    return Surveys(pieces, is_whole and (bool(pieces) or not _was_trained_on(store, name)))
+
+
+def _was_trained_on(store: Store, name: str) -> bool:
+    if as_object(store.path) is not None:  # runs are never kept in a bucket
+        return False
+    return any(path.is_dir() and path.name != SURVEYS for path in (store.path / RUNS / name).glob("*"))
 
 
 def equal_rows(hashes: Sequence[str | None], parts: Sequence[str | None]) -> list[list[int]]:
