@@ -22,7 +22,10 @@ EASY_ITERATIONS = 16
 EASY_BACKTRACKS = 4
 SLACK = 1e8  # multiplications that the calls of the other way cost
 SMALL = 1e8  # rows * problems * width up to which everything runs in float64
-DIRECT = 1.5e6  # rows * classes * width up to which a softmax needs no batch: its calls take longer than its passes
+# Rows * classes * width up to which a softmax needs no batch: its calls take longer than its passes. Thrice that where
+# rows are few for the weights, and most strengths so weak that the batch would leave them over.
+DIRECT = 5e5
+FEW_ROWS = 10  # rows per weight
 BATCH_BYTES = 1 << 30  # state of the problems solved at once
 
 
@@ -142,8 +145,9 @@ def minimise(objective: Objective, start: Tensor) -> Solved:
     num_problems, heads, width = start.shape
     W, loss = start.clone(), torch.zeros(num_problems, dtype=torch.float64)
     converged = torch.zeros(num_problems, dtype=torch.bool)
+    num_rows, side = len(objective.rows), heads * width
     alone = isinstance(objective, SoftmaxProblems) and fits(objective)
-    if not alone or len(objective.rows) * heads * width > DIRECT:
+    if not alone or num_rows * side > DIRECT * (3 if num_rows < FEW_ROWS * side else 1):
         _solve_easy(objective, W, loss, converged)
     if isinstance(objective, SoftmaxProblems) and alone:
         follow(objective, W, loss, converged)

@@ -53,7 +53,7 @@ NOT_FOR_01 = {
     ("estimator", "exempt"),
     [
         (LogisticProbe(), NOT_TO_1E_7),
-        (LogisticProbe(C=0.1, standardize=False, class_weight="balanced"), NOT_TO_1E_7),
+        (LogisticProbe(C=0.1, standardize=False, class_weight="balanced"), {}),
         (RidgeProbe(), {}),
         (RidgeProbe(alpha=0.1, standardize=False), {}),
         (NearestMeanProbe(), NOT_CALIBRATED),
