@@ -37,6 +37,7 @@ from probes.workers import worker_threads
 Call = Callable[[], object]
 Rows = dict[str, dict[str, Any]]
 RATES = tuple(lr * 128 / 256 for lr in (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1))
+SMALL_STRATA = 12  # strengths that the peer is timed at where that is quick
 BLOCK = 25  # few-shot draws solved and scored together
 
 
@@ -46,6 +47,7 @@ class Sizes:
 
     sweep: tuple[int, int, int] = (100_000, 768, 14)
     softmax: tuple[int, int, int] = (20_000, 768, 10)
+    small_softmax: tuple[tuple[int, int, int], ...] = ((300, 32, 30), (1000, 32, 100), (1000, 128, 10), (2000, 384, 3))
     single_rows: tuple[int, ...] = (100, 300, 1000, 3000, 10_000)
     single_widths: tuple[int, ...] = (32, 384, 1024)
     grid: tuple[float, ...] = DEFAULT_C
@@ -60,8 +62,8 @@ class Sizes:
 
 
 QUICK = Sizes(
-    (300, 16, 2), (300, 16, 3), (100,), (16,), DEFAULT_C[::9], 2, (300, 16, 2, 5), (400, 200, 16, 2, 4), (2, 4),
-    (400, 3, 20, 2), (300, 16, 20, 20), (300, 16, 2), 1,
+    (300, 16, 2), (300, 16, 3), ((100, 8, 3),), (100,), (16,), DEFAULT_C[::9], 2, (300, 16, 2, 5),
+    (400, 200, 16, 2, 4), (2, 4), (400, 3, 20, 2), (300, 16, 20, 20), (300, 16, 2), 1,
 )  # fmt: skip
 
 
@@ -170,13 +172,18 @@ def run_sweep(sizes: Sizes) -> Rows:
 
 
 def run_softmax(sizes: Sizes) -> Rows:
-    """A softmax at every strength, features as they come."""
-    count, width, num_classes = sizes.softmax
-    X, scores = make_features(count, width, num_classes)
-    y = (np.random.default_rng(5).standard_normal(scores.shape) + 2 * scores).argmax(1)
-    name = f"softmax, {num_classes} classes x {len(sizes.grid)} C"
-    fit = partial(LogisticProbe(C=sizes.grid, standardize=False).fit, X, y, kind="multiclass")
-    return {name: sweep_row(fit, lambda C: rivals.logistic(X, y, C), 1, 10.0, sizes)}
+    """A softmax at every strength, features as they come; on few rows weak penalties are the hard ones."""
+    found = {}
+    for count, width, num_classes in (sizes.softmax, *sizes.small_softmax):
+        X, scores = make_features(count, width, num_classes)
+        y = (np.random.default_rng(5).standard_normal(scores.shape) + 2 * scores).argmax(1)
+        fit = partial(LogisticProbe(C=sizes.grid, standardize=False).fit, X, y, kind="multiclass")
+        peer = partial(rivals.logistic, X, y)
+        large = (count, width, num_classes) == sizes.softmax
+        name = f"softmax, {num_classes} classes x {len(sizes.grid)} C" + ("" if large else f", {count} x {width}")
+        how = sizes if large else replace(sizes, strata=min(SMALL_STRATA, len(sizes.grid)))
+        found[name] = sweep_row(fit, peer, 1, 10.0 if large else 1.0, how)
+    return found
 
 
 def run_single(sizes: Sizes) -> Rows:

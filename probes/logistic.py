@@ -95,7 +95,7 @@ class LogisticProbe(Estimator):
             TaskError: arrays that do not fit together, features that are not finite, no labelled row.
         """
         X = features_of(self, X, reset=True)
-        y = classes_or_labels(y, mask)
+        y = targets_of(y, "a class or labels") if kind == "multilabel" else classes_or_labels(y, mask)
         self._check_options()
         numbers_given = kind is not None or num_classes is not None
         kind = kind or ("multilabel" if y.ndim == 2 else "multiclass")
