@@ -89,14 +89,18 @@ class Stage:
             return self.is_checked(original) or self._compare(original, None)
 
     def _compare(self, original: Original, digest: str | None) -> bool:
+        version = _version(original.copy)
+        if version is None:  # dropped by another one just now
+            return False
+        if digest is None and self._checked.get(str(original.copy)) == version:  # and made again, which notes it first
+            return True
         try:
-            version = _version(original.copy)
             same = (digest or _digest_of(original.copy)) == _seal_of(original.copy).read_text("ascii", "replace")
-        except FileNotFoundError:  # dropped by another one just now
+        except FileNotFoundError:
             return False
         except OSError:
             same = False
-        if same and version is not None:
+        if same:
             self._checked[str(original.copy)] = version
             return True
         self.damaged.add(original.path)

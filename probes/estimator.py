@@ -118,14 +118,14 @@ def targets_of(y: Any, what: str) -> np.ndarray:
 def classes_or_labels(y: Any, mask: Any) -> np.ndarray:
     """Classes (N,) or labels (N, L) of 0 and 1 as an array.
 
-    A column (N, 1) is one label where it holds 0 and 1 (or a mask says what counts of it); else it holds classes, and
-    is taken as (N,), with scikit-learn's warning.
+    A column (N, 1) is one label where it holds 0 and 1, or -1 for uncertain, which is refused later on, or a mask says
+    what counts of it; else it holds classes, and is taken as (N,), with scikit-learn's warning.
 
     Raises:
         TaskError: none were given.
     """
     y = targets_of(y, "a class or labels")
-    if mask is None and y.ndim == 2 and y.shape[1] == 1 and not np.isin(y, (0, 1)).all():
+    if mask is None and y.ndim == 2 and y.shape[1] == 1 and not np.isin(y, (-1, 0, 1)).all():
         from sklearn.exceptions import DataConversionWarning
 
         warnings.warn(

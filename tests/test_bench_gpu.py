@@ -47,6 +47,10 @@ def test_the_gpu_part_runs_on_a_cpu(tmp_path: Path) -> None:
 def test_without_a_gpu_it_says_so() -> None:
     done = run("--gpu")
     assert done.stdout.strip() == "no CUDA device here: nothing measured"
+
+
+@pytest.mark.slow
+def test_a_cpu_is_no_place_for_its_full_sizes() -> None:
     refused = run("--gpu", "--device", "cpu")
     assert refused.returncode == 2
     assert "--gpu --device cpu is for --quick alone" in refused.stderr

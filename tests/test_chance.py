@@ -113,7 +113,9 @@ def test_random_labels_give_chance(name: str, request: pytest.FixtureRequest) ->
     check_chance([auroc(truth.y[:, column], fitted.test_scores[:, column]) for column in range(SEEDS)])
 
 
-@pytest.mark.parametrize("name", FEWSHOT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "inner" in name else []) for name in FEWSHOT]
+)
 def test_random_labels_give_chance_with_few_shots(chance: FeatureSet, name: str) -> None:
     curve = fit_fewshot(probes.task(chance, labels=names()), "cls", FEWSHOT[name])
     check_chance(curve.per_label["auroc"][0].mean(0).tolist())

@@ -227,6 +227,7 @@ def test_dying_while_a_block_is_taken_back(template: Path, tmp_path: Path, monke
     assert at > 1
 
 
+@pytest.mark.slow  # in a bucket it runs always
 def test_two_finishers_replace_a_leftover_without_harming_the_commit(
     template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,7 +126,7 @@ def test_frozen_processes_wake_up_to_an_unchanged_store(tmp_path: Path, count: i
     assert any(between)
 
 
-@pytest.mark.parametrize("order", [1, -1], ids=["same way", "towards each other"])
+@pytest.mark.parametrize("order", [pytest.param(1, marks=pytest.mark.slow), -1], ids=["same way", "towards each other"])
 def test_two_processes_write_one_set(tmp_path: Path, order: int) -> None:
     for number in range(4):
         root = tmp_path / str(number)

@@ -314,7 +314,7 @@ def test_neighbours_by_brute_force(k: int | None) -> None:
 
 
 @pytest.mark.parametrize(("head", "num_classes"), [("logistic", None), ("logistic", 2), ("logistic", 3), ("ridge", 3)])
-@pytest.mark.parametrize("select", ["fixed", "inner"])
+@pytest.mark.parametrize("select", ["fixed", pytest.param("inner", marks=pytest.mark.slow)])
 def test_large_problems_have_the_same_heads(
     head: Any, num_classes: int | None, select: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

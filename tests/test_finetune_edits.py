@@ -111,7 +111,10 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     return functools.cache(lambda method: losses(train(base / "store", **(CACHED if method == "last-k" else PLAIN))))
 
 
-@pytest.mark.parametrize("kind", ["plain", "decoded", "activations", "runs"])
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("decoded", "activations", "runs"))],
+)
 def test_edited_images_are_another_run(
     kind: str, store: Path, root: Path, steps: list[int], fresh: Callable[[str], Any]
 ) -> None:

@@ -98,7 +98,13 @@ def test_just_the_claimed_biases_are_ignored(label: str) -> None:
     assert len(claimed) == depth + (label == "conch")
 
 
-@pytest.mark.parametrize("name", sorted({*BACKBONES} - {"tiny-random"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if number % 3 else [])
+        for number, name in enumerate(sorted({*BACKBONES} - {"tiny-random"}))
+    ],
+)
 def test_claims_of_every_listed_network(name: str) -> None:
     release = resolve_name(BACKBONES[name])
     facts = release.architecture if isinstance(release, Release) else release

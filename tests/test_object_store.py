@@ -190,7 +190,11 @@ class TestCommits:
         assert winners == {1, 2}
 
     @STEP
-    @pytest.mark.parametrize("again", [False, True], ids=["overtaken", "taken back and made again"])
+    @pytest.mark.parametrize(
+        "again",
+        [False, pytest.param(True, marks=pytest.mark.slow)],
+        ids=["overtaken", "taken back and made again"],
+    )
     def test_a_writer_that_freezes_at_any_request_changes_nothing_when_it_wakes(
         self, root: Place, monkeypatch: pytest.MonkeyPatch, step: int, again: bool
     ) -> None:
@@ -365,6 +369,7 @@ class TestProcesses:
         assert set(found.values()) == {1, 2}
         settle(folder)
 
+    @pytest.mark.slow
     def test_a_killed_and_a_frozen_process(self, root: Place) -> None:
         killed = child(root, 1, 152)
         frozen = child(root, 3, 152)

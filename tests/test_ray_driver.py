@@ -75,6 +75,7 @@ def test_actors_write_the_bytes_of_one_process(fake: FakeRay, tmp_path: Path, st
     assert on_ray(store_path).computed == 0
 
 
+@pytest.mark.slow
 def test_dead_actors_are_replaced_and_may_write_late(fake: FakeRay, tmp_path: Path, store_path: Path) -> None:
     register_pictures(store_path, tmp_path / "data", 200)
     expected = alone(store_path, tmp_path / "alone")
@@ -144,6 +145,7 @@ def test_a_request_to_stop_ends_cleanly(fake: FakeRay, tmp_path: Path, store_pat
     assert tree_bytes(folder_of(store_path)) == expected
 
 
+@pytest.mark.slow
 def test_several_sets_and_a_decoded_cache(fake: FakeRay, tmp_path: Path, store_path: Path) -> None:
     register_pictures(store_path, tmp_path / "data", 60)
     configs = [TINY, replace(TINY, res="56"), replace(TINY, block_rows=32, name="wide")]
@@ -162,6 +164,7 @@ def _without_runs(store: Path) -> dict[str, bytes]:
     return {name: data for name, data in tree_bytes(store / "sets").items() if "/runs/" not in name}
 
 
+@pytest.mark.slow
 def test_failed_images_are_tried_again(
     fake: FakeRay, tmp_path: Path, store_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,39 @@ def test_a_damaged_copy_of_an_archive_is_dropped_once_and_checked_once(
     assert (later.staging_note() or "").startswith("1 copies in ")
 
 
+@pytest.mark.parametrize("made_again", [False, True])
+def test_a_copy_that_goes_before_it_is_compared_harms_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_again: bool
+) -> None:
+    """Another thread drops the damaged copy, and may have made it again, between the look for it and its comparison."""
+    stage = tmp_path / "stage"
+    Inputs(root, stage=stage).read("x.zip!/0.png")
+    (copy,) = copies(stage)
+    whole = copy.read_bytes()
+    held = staging.Stage(stage, root)
+    (original,) = held.originals("x.zip", {"x.zip": (root / "x.zip").stat()})
+    real, looks = staging._version, []
+
+    def version(path: Path) -> tuple[int, int] | None:
+        looks.append(path)
+        if len(looks) == 1:
+            copy.unlink()
+            if made_again:
+                held.copy(original, root / "x.zip", [whole])
+            return None
+        return real(path)
+
+    def digest_of(path: Path) -> str:
+        raise AssertionError("it was compared when it was written")
+
+    monkeypatch.setattr(staging, "_version", version)
+    monkeypatch.setattr(staging, "_digest_of", digest_of)
+    held._checked[str(copy)] = (0, 0)
+    assert held.check(original) == made_again
+    assert copies(stage) == [copy] * made_again
+    assert not held.damaged
+
+
 def test_a_copy_is_on_the_disk_before_it_has_its_name(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
