@@ -1,4 +1,4 @@
-"""The README's table of measurements, from the latest full result file of every stage."""
+"""The README's table of measurements, from the latest full result file of every stage and its newer parts."""
 
 import json
 from pathlib import Path
@@ -33,13 +33,25 @@ def latest(stage: str) -> dict[str, Any]:
     return full
 
 
+def with_parts(stage: str) -> dict[str, Any]:
+    """The newest full result of a stage, and what parts measured anew have since then."""
+    full = latest(stage)
+    parts = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{stage}_part-*.json"))]
+    found = dict(full["results"])
+    for record in parts:
+        if not record["quick"] and record["time"] > full["time"]:
+            found |= record["results"]
+    return found
+
+
 def ratio(value: dict[str, float]) -> str:
     return f"{value['median']:.3g}x ({value['min']:.3g} to {value['max']:.3g})"
 
 
 def rows() -> list[tuple[str, str, str]]:
     """(what, peer, ratio with its range)."""
-    decode, extract, probes = (latest(stage)["results"] for stage in ("decode", "extract", "probes"))
+    decode, extract = (latest(stage)["results"] for stage in ("decode", "extract"))
+    probes = with_parts("probes")
     found = []
     for case, value in decode.items():
         found.append(
